@@ -1,0 +1,76 @@
+"""Improve a frozen flow policy by Flow Policy Optimization.
+
+    python experiments/train.py --env aloha_transfer_cube
+    python experiments/train.py --preset paper --seed 1
+    python experiments/train.py --resume --run-dir runs/aloha_transfer_cube-default-s0
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from fpo_jax.config import TrainConfig, preset
+from fpo_jax.fit import RunStopped, default_run_dir, fit, read_config
+from fpo_jax.types import FpoError
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of `--option value` or `--option=value`; tyro has yet to parse the rest."""
+    names = (f"--{option}", f"--{option.replace('-', '_')}")
+    for index, argument in enumerate(arguments):
+        if argument in names and index + 1 < len(arguments):
+            return arguments[index + 1]
+        for name in names:
+            if argument.startswith(name + "="):
+                return argument.removeprefix(name + "=")
+    return None
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The configuration: a preset, or on --resume the run's own, with the given options over it."""
+    name, run_dir = _value_of("preset", arguments), _value_of("run-dir", arguments)
+    defaults = preset(name or "default")
+    if "--resume" in arguments:
+        guess = tyro.cli(TrainConfig, args=arguments, default=defaults) if run_dir is None else None
+        saved = Path(run_dir) if run_dir else default_run_dir(guess or defaults)
+        if (saved / "config.json").exists():
+            defaults = read_config(saved)
+    config = tyro.cli(TrainConfig, args=arguments, default=defaults, description=__doc__)
+    return replace(config, run_dir=config.run_dir or str(default_run_dir(config)))
+
+
+def report(result: dict) -> str:
+    """The final evaluation in words."""
+    lines = []
+    for name in ("base", "tuned"):
+        r = result[name]
+        interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+        lines.append(f"{name:>6}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each")
+    d = result["difference"]
+    lines.append(f"tuned - base: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    console = Console()
+    errors = Console(stderr=True)
+    try:
+        config = parse(arguments)
+        result = fit(config, console)
+    except RunStopped as stopped:
+        errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        return stopped.exit_code
+    except FpoError as error:
+        errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    if result:
+        console.print(report(result), markup=False, highlight=False)
+    console.print(f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

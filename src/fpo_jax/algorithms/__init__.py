@@ -1,0 +1,1 @@
+"""Learning algorithms: each module offers `init`, `act`, `prepare`, `update` (see `types.Algorithm`)."""

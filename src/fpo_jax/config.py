@@ -1,0 +1,267 @@
+"""Every knob of the library as frozen dataclasses, and the presets. Units or equation numbers stand beside each knob."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from fpo_jax.types import FpoError, suggestion
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Which part of the base's noise is the latent x (notes on Eq. 7 in docs/equations.md)."""
+
+    space: Literal["dct", "full", "repeat"] = "dct"
+    """dct: low temporal frequencies, the rest of the noise stays random; full: all of it; repeat: one row repeated."""
+    rank: int = 2
+    """Number of temporal frequencies that `dct` steers; D = rank x action width."""
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """The flow actor π_θ(x | s)."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """Widths of the velocity network."""
+    learning_rate: float = 1e-3
+    """Adam step size."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm at which updates are clipped."""
+    sampler_steps: int = 10
+    """K: integration steps from noise to latent."""
+    integrator: Literal["midpoint", "euler"] = "midpoint"
+    """One-step method of the sampler."""
+    preserve_prior: bool = True
+    """Add the analytic field of N(0, I) and integrate x/√(u²+(1-u)²), so that step 0 is exactly the base."""
+    explore_steps: int = 0
+    """Extra steps of Eq. (7) after sampling (reading B); 0 = the K sampler steps are the exploration (reading A)."""
+    explore_step_size: float = 0.02
+    """η of Eq. (7), for explore_steps > 0."""
+    cfm_draws: int = 8
+    """S: Monte-Carlo draws (ε, u) per sample for ℓ_cfm."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The Q ensemble."""
+
+    num_critics: int = 4
+    """M: members of the ensemble."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of each member."""
+    learning_rate: float = 3e-4
+    """Adam step size."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm at which updates are clipped."""
+    polyak: float = 0.02
+    """Share of the online critics that enters the target critics at each gradient step."""
+    value_samples: int = 8
+    """Fresh latents per state for V(s) = mean of min_i Q(s, x')."""
+
+
+@dataclass(frozen=True)
+class FpoConfig:
+    """Ratio, trust region and advantage (Eqs. 2-4)."""
+
+    ratio: Literal["mean", "sample", "paper"] = "mean"
+    """mean: exp(mean over draws of Δℓ); sample: one ratio per draw; paper: exp(β z), z standardised over the batch."""
+    beta: float = 0.1
+    """β of Eq. (3), for ratio=paper."""
+    std_floor: float = 0.02
+    """Lower bound of σ_Δ in Eq. (3), for ratio=paper; without one the first step divides 0 by 0."""
+    log_ratio_clamp: float = 3.0
+    """Bound of |log ρ|, for ratio=mean and sample."""
+    trust_region: Literal["clip", "asymmetric", "none"] = "clip"
+    """clip: Eq. (4); asymmetric: clip for Â >= 0, quadratic penalty for Â < 0; none: ρ Â (ablation no_clip)."""
+    epsilon: float = 0.05
+    """ε of Eq. (4)."""
+    anchor: float = 0.02
+    """Weight of the mean squared deviation of v_θ from the prior field; keeps bad samples from being pushed away forever."""
+    advantage: Literal["gae", "q_minus_v"] = "gae"
+    """gae: generalised advantage estimation over whole trajectories; q_minus_v: min_i Q(s, x) - V(s)."""
+    value_latents: Literal["fresh", "stored"] = "fresh"
+    """Latents at which V(s) reads the critics; stored is the paper's wording and leaves no signal (docs/equations.md)."""
+    gae_lambda: float = 0.95
+    """λ of GAE."""
+    standardize_advantage: bool = True
+    """Standardise Â within each minibatch."""
+
+
+@dataclass(frozen=True)
+class SacConfig:
+    """Latent-space soft actor-critic (ablation `no_ratio`)."""
+
+    hidden: tuple[int, ...] = (128, 128, 128)
+    """Widths of the Gaussian actor."""
+    learning_rate: float = 3e-4
+    """Adam step size of the actor and the temperature."""
+    scale: float = 2.0
+    """Latents are scale · tanh(·)."""
+    target_entropy: float = 0.0
+    """Entropy per sample that the temperature aims at [nats]."""
+    initial_temperature: float = 1.0
+    """Entropy weight at the start."""
+    reduction: Literal["mean", "min"] = "mean"
+    """How the ensemble becomes one value."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How experience is gathered and valued."""
+
+    decisions: int = 7
+    """T: decisions per environment and iteration."""
+    gamma: float = 0.99
+    """γ per decision, Eq. (1)."""
+    reward: Literal["sparse", "step_cost"] = "sparse"
+    """sparse: 1 at success, else 0; step_cost: 0 at success, else -1."""
+    time_limit: Literal["terminal", "truncate"] = "terminal"
+    """terminal: the time limit ends the task and s holds the remaining time; truncate: bootstrap, s has no clock."""
+    window: int = 2
+    """W: rollouts that the sliding-window buffer keeps."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """The update phase (K_update of Alg. 1 = epochs x minibatches)."""
+
+    epochs: int = 8
+    """Passes over the window per iteration."""
+    minibatch_size: int = 128
+    """B: transitions per gradient step."""
+    minibatches: int | None = None
+    """Minibatches per pass; by default as many as cover the window."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The paired evaluation at the end of a run."""
+
+    episodes: int = 256
+    """Episodes each for base and tuned, from the same initial states and noise seeds."""
+    seed: int = 1_000_003
+    """Seed of the initial states; apart from training's."""
+    video: bool = True
+    """Write a side-by-side video of base and tuned."""
+
+
+@dataclass(frozen=True)
+class SavingConfig:
+    """What a run keeps on disk."""
+
+    every: int = 5
+    """Iterations between rolling checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    keep: int = 2
+    """Rolling checkpoints kept."""
+    milestones: int = 4
+    """Milestones after step 0, spread evenly; each keeps the agent and its newest latents."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+    stop_on_collapse: bool = True
+    """End the run, with its state saved, when the policy has collapsed."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flow Policy Optimization of a frozen flow-matching base policy."""
+
+    env: str = "aloha_transfer_cube"
+    """Environment, e.g. aloha_transfer_cube or point_mass."""
+    base: str | None = None
+    """Frozen base policy: a name or a directory; by default the one shipped for the environment."""
+    algorithm: Literal["fpo", "sac"] = "fpo"
+    """fpo, or latent-space SAC."""
+    physics: Literal["auto", "mujoco", "mjx", "warp"] = "auto"
+    """Simulator: auto takes C MuJoCo on CPU, MJX-Warp or MJX on NVIDIA, MJX on TPU."""
+    seed: int = 0
+    """Seed of everything random in training."""
+    iterations: int = 47
+    """Rollout-and-update rounds."""
+    num_envs: int = 128
+    """N: parallel environments."""
+    episode_length: int | None = None
+    """Control steps per episode; by default the environment's (ALOHA 300)."""
+    execute_steps: int | None = None
+    """Control steps executed per decision; by default the environment's (ALOHA 50)."""
+    run_dir: str | None = None
+    """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+    preset: str = "default"
+    """Named settings, see PRESETS; options given beside it override it."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    fpo: FpoConfig = field(default_factory=FpoConfig)
+    sac: SacConfig = field(default_factory=SacConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
+
+
+_DEFAULT = TrainConfig()
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": _DEFAULT,
+    # As literal as can run: z-scored ratio, plain clip, V from stored latents, plain Euler without the prior field.
+    # It gives up the promise that step 0 is the base.
+    "paper": replace(
+        _DEFAULT,
+        preset="paper",
+        actor=replace(_DEFAULT.actor, integrator="euler", preserve_prior=False, explore_steps=1),
+        fpo=replace(_DEFAULT.fpo, ratio="paper", epsilon=0.2, anchor=0.0, value_latents="stored"),
+    ),
+    "no_clip": replace(_DEFAULT, preset="no_clip", fpo=replace(_DEFAULT.fpo, trust_region="none")),
+    "single_step": replace(_DEFAULT, preset="single_step", actor=replace(_DEFAULT.actor, sampler_steps=1)),
+    "single_critic": replace(_DEFAULT, preset="single_critic", critic=replace(_DEFAULT.critic, num_critics=1)),
+    "no_ratio": replace(
+        _DEFAULT,
+        preset="no_ratio",
+        algorithm="sac",
+        critic=replace(_DEFAULT.critic, num_critics=10),
+        rollout=replace(_DEFAULT.rollout, reward="step_cost", window=50),
+        update=UpdateConfig(epochs=1, minibatch_size=256, minibatches=300),
+    ),
+}
+"""Named starting points: `paper`, and the paper's Table II ablations."""
+
+
+def preset(name: str) -> TrainConfig:
+    """The settings of that name; raises FpoError for an unknown one."""
+    if name not in PRESETS:
+        raise FpoError(f"There is no preset {name!r}{suggestion(name, PRESETS)}.")
+    return PRESETS[name]
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested plain values, as JSON keeps them."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], like: Any = _DEFAULT) -> Any:
+    """The inverse of `to_dict` (also after a trip through JSON); raises FpoError on fields that do not exist."""
+    known = {entry.name: getattr(like, entry.name) for entry in dataclasses.fields(like)}
+    if unknown := sorted(set(values) - set(known)):
+        raise FpoError(f"The saved configuration has unknown fields ({', '.join(unknown)}); use the version that wrote it.")
+    parsed = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(known[name]):
+            value = from_dict(value, known[name])
+        parsed[name] = tuple(value) if isinstance(value, list) else value
+    return replace(like, **parsed)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Every field in which two configurations differ, as "name: old -> new"."""
+    found = []
+    for entry in dataclasses.fields(old):
+        before, after, name = getattr(old, entry.name), getattr(new, entry.name), prefix + entry.name
+        if dataclasses.is_dataclass(before):
+            found += differences(before, after, name + ".")
+        elif before != after:
+            found.append(f"{name}: {before} -> {after}")
+    return found

@@ -1,0 +1,121 @@
+"""Paired evaluation: base and tuned policy on the same initial states and the same noise seeds."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from fpo_jax.algorithms import fixed
+from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
+from fpo_jax.rollout import System, rollout, start
+from fpo_jax.types import Params
+
+
+class Outcomes(NamedTuple):
+    """One entry per episode."""
+
+    success: Bool[np.ndarray, " E"]
+    control_steps: Int[np.ndarray, " E"]  # length of the episode
+    ret: Float[np.ndarray, " E"]  # Σ γ^t r_t
+    invalid: Bool[np.ndarray, " E"]  # the simulation broke: neither success nor failure
+
+
+class _Batch(NamedTuple):
+    success: Array
+    control_steps: Array
+    ret: Array
+    invalid: Array
+
+
+def _play(
+    system: System, base_params: Params, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
+) -> _Batch:
+    """One whole episode in each of N environments."""
+    _, _, episodes = rollout(system, base_params, agent, start(system, env_keys), key, system.env.spec.decisions)
+    over = episodes.ended | episodes.fault
+    first = jnp.argmax(over, axis=0)  # later slots belong to the next episode
+
+    def at_end(x):
+        return jnp.take_along_axis(x, first[None], axis=0)[0]
+
+    return _Batch(at_end(episodes.success), at_end(episodes.control_steps), at_end(episodes.ret), at_end(episodes.fault))
+
+
+class Evaluator:
+    """Plays episodes of a fixed set of initial states; every policy meets the same states and noise seeds.
+
+    `batch` environments run at a time; `episodes` need not be a multiple of it. Each algorithm compiles once.
+    """
+
+    def __init__(self, system: System, base_params: Params, episodes: int, seed: int, batch: int | None = None):
+        self.system, self.base_params, self.episodes = system, base_params, episodes
+        batch = min(batch or system.config.num_envs, episodes)
+        self.num_batches = -(-episodes // batch)
+        env_key, noise_key = jax.random.split(jax.random.key(seed))
+        self._env_keys = jax.random.split(env_key, (self.num_batches, batch))
+        self._noise_keys = jax.random.split(noise_key, self.num_batches)
+        self._play = {}
+
+    def play(self, agent: PyTree, algorithm: Any = None, noise_seed: int = 0) -> Outcomes:
+        """All episodes with this agent; another `noise_seed` draws other noise for the same initial states."""
+        algorithm = algorithm or self.system.algorithm
+        if algorithm not in self._play:
+            self._play[algorithm] = jax.jit(partial(_play, self.system_for(algorithm)))
+        batches = []
+        for env_keys, noise_key in zip(self._env_keys, self._noise_keys, strict=True):
+            noise_key = jax.random.fold_in(noise_key, noise_seed)
+            batches.append(jax.device_get(self._play[algorithm](self.base_params, agent, env_keys, noise_key)))
+        columns = zip(*batches, strict=True)
+        return Outcomes(*(np.concatenate(column)[: self.episodes] for column in columns))
+
+    def system_for(self, algorithm: Any) -> System:
+        """The same system with another algorithm choosing the latents."""
+        return replace(self.system, algorithm=algorithm)
+
+    def keys_of(self, episode: int, noise_seed: int = 0) -> tuple[Key[Array, " N"], Key[Array, ""], int]:
+        """(initial-state keys, noise key) of the batch that holds an episode, and its column in it."""
+        batch, column = divmod(episode, self._env_keys.shape[1])
+        return self._env_keys[batch], jax.random.fold_in(self._noise_keys[batch], noise_seed), column
+
+    def play_base(self, noise_seed: int = 0) -> Outcomes:
+        """All episodes with the frozen base alone."""
+        return self.play(fixed.base(self.system.dims.latent), fixed, noise_seed)
+
+
+def success_summary(outcomes: Outcomes) -> dict[str, Any]:
+    """Success rate over the valid episodes with its Wilson 95 % interval, and the mean episode length [control steps]."""
+    valid = ~outcomes.invalid
+    interval = wilson_interval(int(outcomes.success[valid].sum()), int(valid.sum()))
+    return {
+        "success_rate": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "episodes": int(valid.sum()),
+        "invalid_episodes": int(outcomes.invalid.sum()),
+        "episode_length": float(outcomes.control_steps[valid].mean()) if valid.any() else float("nan"),
+    }
+
+
+def paired_difference(base: Outcomes, tuned: Outcomes) -> Interval:
+    """Difference of the success rates, tuned - base, over the episodes valid in both; Newcombe's paired interval."""
+    valid = ~base.invalid & ~tuned.invalid
+    return paired_difference_interval(base.success[valid], tuned.success[valid])
+
+
+def compare(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
+    """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them."""
+    difference = paired_difference(base, tuned)
+    return {
+        "base": success_summary(base),
+        "tuned": success_summary(tuned),
+        "difference": {
+            "success_rate": difference.estimate,
+            "low": difference.low,
+            "high": difference.high,
+            "interval": "Newcombe's paired interval (method 10), 95 %",
+        },
+    }

@@ -1,0 +1,329 @@
+"""The host side of training: run directory, checkpoints, resume, signals, progress, final evaluation.
+
+Everything that learns is in `train.py`; this file only calls it, once per iteration.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from fpo_jax import analysis, checkpoint, train
+from fpo_jax.algorithms import fixed, fpo, sac
+from fpo_jax.config import TrainConfig, differences, from_dict, to_dict
+from fpo_jax.envs import make_env
+from fpo_jax.evaluate import Evaluator, compare
+from fpo_jax.latent import LatentSpace
+from fpo_jax.metrics import Interval, RunLogger, read_jsonl
+from fpo_jax.policies import check_action_space, load_base
+from fpo_jax.rollout import System
+from fpo_jax.train import TrainState
+from fpo_jax.types import FpoError, Params
+from fpo_jax.video import record_comparison
+
+ALGORITHMS = {"fpo": fpo, "sac": sac}
+_FREE_TO_CHANGE = ("iterations", "resume", "run_dir")  # on resume
+
+
+def build(config: TrainConfig) -> tuple[System, Params]:
+    """Environment, frozen base, latent space and algorithm of a configuration. Raises FpoError for unknown names."""
+    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps)
+    base, base_params = load_base(config.base or config.env)
+    check_action_space(base, env.spec)
+    space = LatentSpace(config.latent.space, base.horizon, base.action_dim, config.latent.rank)
+    return System(config, env, base, space, ALGORITHMS[config.algorithm]), base_params
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    return Path("runs") / f"{config.env}-{config.preset}-s{config.seed}"
+
+
+def load_run(run_dir: Path, step: int | None = None, shelf: checkpoint.Shelf = "checkpoints"):
+    """(config, system, base_params, TrainState) of a run, at its newest checkpoint or at `step`.
+
+    Raises FpoError where the directory holds no run or no whole checkpoint.
+    """
+    config = read_config(run_dir)
+    if step is None:
+        step = checkpoint.latest_step(run_dir, shelf)
+    if step is None:
+        raise FpoError(f"{run_dir} has no whole checkpoint yet; train first, or start again in another --run-dir.")
+    system, base_params = build(config)
+    like = jax.eval_shape(partial(train.init, system), base_params)
+    return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration that a run was started with. Raises FpoError where there is none."""
+    path = run_dir / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise FpoError(f"{run_dir} holds no run ({path.name} is missing); give the directory that train.py wrote.") from error
+    except ValueError as error:
+        raise FpoError(f"{path} is damaged; restore it or start a new run.") from error
+
+
+def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
+    """Only `iterations` may change, and only upwards. Raises FpoError naming every other difference."""
+    same = replace(config, **{name: getattr(saved, name) for name in _FREE_TO_CHANGE})
+    if changed := differences(saved, same):
+        raise FpoError(
+            f"--resume continues a run as it was; changed here: {'; '.join(changed)}. "
+            "Drop these options, or start a new run in another --run-dir."
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and machine, for the record."""
+    names = ("fpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "git_revision": revision.stdout.strip() or None,
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+class StopSignal:
+    """Remembers Ctrl-C and SIGTERM until the iteration in progress is over; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Within, Ctrl-C and SIGTERM are noted instead of obeyed."""
+    stop = StopSignal()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class RunStopped(FpoError):
+    """Training ended before its last iteration, with its state saved; the sentence says why and how to go on."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None:
+    """Why a run should stop, or None. `records`: the newest iterations, oldest first; `base_rate`: the first ones' success.
+
+    Non-finite numbers; latents that left the range a base can read; success that fell to a fifth of where it began.
+    """
+    newest = records[-1]
+    if bad := [name for name, value in newest.items() if not math.isfinite(value) and name not in _MAY_BE_NAN]:
+        return f"{', '.join(sorted(bad))} became non-finite"
+    if not 0.02 < newest["latent_std"] < 10.0:
+        return f"the latents collapsed (their root mean square is {newest['latent_std']:.3g}; it starts at 1)"
+    rates = [record["success_rate"] for record in records if math.isfinite(record["success_rate"])]
+    if len(rates) == records.maxlen and base_rate > 0.05 and float(np.mean(rates)) < 0.2 * base_rate:
+        return f"success collapsed to {np.mean(rates):.1%}, from {base_rate:.1%} at the start"
+    return None
+
+
+_MAY_BE_NAN = {"success_rate", "return", "episode_length"}  # where no episode ended in an iteration
+_COLLAPSE_WINDOW = 8  # iterations
+
+
+class Run:
+    """One training run: its directory, its logger, what it saves and when."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger):
+        self.config, self.run_dir, self.logger = config, run_dir, logger
+        self.recent: deque[Mapping[str, float]] = deque(maxlen=_COLLAPSE_WINDOW)
+        self.best_rate = -1.0
+        spread = np.linspace(0, config.iterations - 1, config.saving.milestones + 1)
+        self.milestones = {round(step) for step in spread}
+
+    def replay(self, records: list[dict[str, Any]]) -> None:
+        """Take up the books of the iterations before a resume."""
+        for record in records:
+            numbers = {k: math.nan if v is None else v for k, v in record.items() if not isinstance(v, str)}
+            self.recent.append(numbers)
+            self.best_rate = max(self.best_rate, self._recent_rate())
+
+    def _recent_rate(self) -> float:
+        rates = [r["success_rate"] for r in list(self.recent)[-3:] if math.isfinite(r["success_rate"])]
+        return float(np.mean(rates)) if len(rates) == 3 else -1.0
+
+    def save(self, state: TrainState, shelf: checkpoint.Shelf = "checkpoints") -> None:
+        keep = self.config.saving.keep if shelf == "checkpoints" else None
+        checkpoint.save(self.run_dir, int(state.iteration), state, shelf=shelf, keep=keep, config=to_dict(self.config))
+
+    def after_iteration(self, before: TrainState, state: TrainState, record: Mapping[str, float]) -> None:
+        """Log and save. `before` is the state whose agent gathered the newest rollout of `state`."""
+        self.recent.append(record)
+        self.logger.log(record)
+        step = int(state.iteration)
+        if step - 1 in self.milestones:
+            self._save_milestone(before, state)
+        if (rate := self._recent_rate()) > self.best_rate:
+            self.best_rate = rate
+            self.save(before, "best")
+        if step % self.config.saving.every == 0 or step == self.config.iterations:
+            self.save(state)
+
+    def _save_milestone(self, before: TrainState, state: TrainState) -> None:
+        newest = jax.tree.map(lambda leaf: leaf[-1], state.window)
+        extra = {name: np.asarray(getattr(newest, name)) for name in ("state", "latent", "reward", "done", "valid")}
+        checkpoint.save(
+            self.run_dir,
+            int(before.iteration),
+            before.agent,
+            shelf="milestones",
+            config=to_dict(self.config),
+            extra=extra,
+        )
+
+
+def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
+    """Train, then evaluate base against tuned; returns the evaluation. Writes everything under `config.run_dir`.
+
+    Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
+    """
+    run_dir = Path(config.run_dir or default_run_dir(config))
+    system, base_params = build(config)
+    resumed = config.resume and (run_dir / "config.json").exists()
+    if config.resume and not resumed:
+        raise FpoError(f"There is nothing to resume in {run_dir}; leave --resume out to start, or give its --run-dir.")
+    if resumed:
+        check_resumable(read_config(run_dir), config)
+        step = checkpoint.latest_step(run_dir)
+        if step is None:
+            raise FpoError(f"{run_dir} has no whole checkpoint; delete it and start again without --resume.")
+        like = jax.eval_shape(partial(train.init, system), base_params)
+        state = checkpoint.restore(run_dir, step, like)
+        if step >= config.iterations:
+            raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
+    else:
+        if (run_dir / "config.json").exists():
+            raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
+        step, state = None, jax.jit(partial(train.init, system))(base_params)
+    _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
+    _write_json(run_dir / "provenance.json", provenance())
+    with RunLogger(
+        run_dir,
+        iterations=config.iterations,
+        resumed_iteration=step,
+        tensorboard=config.saving.tensorboard,
+        wandb_project=config.saving.wandb,
+        config=to_dict(config),
+        console=console,
+    ) as logger:
+        run = Run(config, run_dir, logger)
+        records = read_jsonl(logger.metrics_path)
+        run.replay(records)
+        if not resumed:
+            run.save(state)
+        logger.print(_opening(system, run_dir, step))
+        state = _loop(system, base_params, state, run)
+        return _finish(system, base_params, state, run)
+
+
+def _opening(system: System, run_dir: Path, step: int | None) -> str:
+    config, spec = system.config, system.env.spec
+    begin = f"resuming after iteration {step}" if step else "compiling the first iteration"
+    return (
+        f"{config.algorithm} on {spec.name} ({type(system.env).__name__}, {jax.default_backend()}), preset "
+        f"{config.preset}, {config.num_envs} environments, latent {config.latent.space} D={system.dims.latent}; "
+        f"run directory {run_dir}; {begin} ..."
+    )
+
+
+def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> TrainState:
+    config = system.config
+    iterate = jax.jit(partial(train.train_iteration, system))
+    first = [r["success_rate"] for r in read_jsonl(run.logger.metrics_path)[:3] if r["success_rate"] is not None]
+    resume_hint = f"Continue with: python experiments/train.py --resume --run-dir {run.run_dir}"
+    with stop_signals() as stop:
+        for _ in range(int(state.iteration), config.iterations):
+            began = time.perf_counter()
+            before = state
+            state, metrics = iterate(base_params, before)
+            record = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            elapsed = time.perf_counter() - began
+            record |= {"iteration_seconds": elapsed}
+            if len(first) < 3 and math.isfinite(record["success_rate"]):
+                first.append(record["success_rate"])
+            run.after_iteration(before, state, record)
+            reason = failure(run.recent, float(np.mean(first or [0.0])))
+            if reason and (config.saving.stop_on_collapse or "non-finite" in reason):
+                good = before if "non-finite" in reason else state
+                run.save(good)
+                raise RunStopped(
+                    f"Training stopped at iteration {record['iteration']}: {reason}. The state after iteration "
+                    f"{int(good.iteration)} is saved in {run.run_dir}; try a smaller --actor.learning-rate or "
+                    "--fpo.epsilon in a new run.",
+                    exit_code=2,
+                )
+            if stop.received and record["iteration"] < config.iterations:
+                run.save(state)
+                raise RunStopped(
+                    f"Stopped by {stop.received.name} after iteration {record['iteration']}; the state is saved. "
+                    + resume_hint,
+                    exit_code=128 + stop.received,
+                )
+    return state
+
+
+def _finish(system: System, base_params: Params, state: TrainState, run: Run) -> dict[str, Any]:
+    """Paired evaluation, learning curve and video."""
+    settings, run_dir = system.config.evaluation, run.run_dir
+    result: dict[str, Any] = {}
+    base_rate = None
+    if settings.episodes > 0:
+        run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
+        evaluator = Evaluator(system, base_params, settings.episodes, settings.seed)
+        base, tuned = evaluator.play_base(), evaluator.play(state.agent)
+        result = compare(base, tuned)
+        _write_json(run_dir / "evaluation.json", result)
+        base_rate = Interval(*(result["base"][name] for name in ("success_rate", "low", "high")))
+        if settings.video:
+            agents = fixed.base(system.dims.latent), state.agent
+            try:
+                path = run_dir / "base_and_tuned.mp4"
+                record_comparison(evaluator, base, tuned, agents, (fixed, system.algorithm), path)
+            except FpoError as error:
+                run.logger.print(f"No video: {error}")
+    analysis.learning_curve_png(run.logger.metrics_path, run_dir / "learning_curve.png", base=base_rate)
+    return result
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(content, indent=2) + "\n")
+    partial_path.replace(path)

@@ -1,0 +1,99 @@
+"""Training: one iteration of Alg. 1 as one compiled program."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key, PyTree
+
+from fpo_jax import buffer
+from fpo_jax.rollout import Episodes, RolloutState, System, rollout, start
+from fpo_jax.types import Metrics, Params, Transition
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; saving it and loading it continues bitwise."""
+
+    agent: PyTree
+    rollout: RolloutState
+    window: Transition  # [W, T, N]
+    key: Key[Array, ""]
+    iteration: Int[Array, ""]
+    episodes: Int[Array, ""]  # finished so far
+    env_steps: Int[Array, ""]  # control steps executed so far
+
+
+def init(system: System, base_params: Params) -> TrainState:
+    """The state before the first iteration; everything follows from `config.seed`."""
+    config = system.config
+    agent_key, env_key, key = jax.random.split(jax.random.key(config.seed), 3)
+    agent = system.algorithm.init(config, system.dims, agent_key)
+    carry = start(system, jax.random.split(env_key, config.num_envs))
+    _, shapes, _ = jax.eval_shape(
+        partial(rollout, system, num_decisions=config.rollout.decisions), base_params, agent, carry, key
+    )
+    window = buffer.init(shapes, config.rollout.window)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(agent, carry, window, key, zero, zero, zero)
+
+
+def episode_metrics(episodes: Episodes) -> Metrics:
+    """Rates over the episodes that ended in this rollout [T, N]; NaN where none did."""
+    count = jnp.sum(episodes.ended)
+
+    def over_ended(x):
+        return jnp.sum(jnp.where(episodes.ended, x, 0)) / jnp.where(count > 0, count, jnp.nan)
+
+    return {
+        "episodes_ended": count,
+        "success_rate": over_ended(episodes.success),
+        "return": over_ended(episodes.ret),
+        "episode_length": over_ended(episodes.control_steps),
+        "invalid_episodes": jnp.sum(episodes.fault),
+    }
+
+
+def update_phase(
+    system: System, agent: PyTree, window: Transition, key: Key[Array, ""]
+) -> tuple[PyTree, Metrics]:
+    """Alg. 1, lines 14-28: epochs x minibatches as a nested scan over the prepared window."""
+    config, algorithm = system.config, system.algorithm
+    prepare_key, key = jax.random.split(key)
+    samples, metrics = algorithm.prepare(config, agent, window, prepare_key)
+    size = config.update.minibatch_size
+    num_minibatches = config.update.minibatches or max(samples.valid.shape[0] // size, 1)
+
+    def minibatch(agent, inputs):
+        indices, key = inputs
+        return algorithm.update(config, agent, jax.tree.map(lambda leaf: leaf[indices], samples), key)
+
+    def epoch(agent, key):
+        shuffle_key, key = jax.random.split(key)
+        indices = buffer.minibatch_indices(shuffle_key, samples.valid, num_minibatches, size)
+        return jax.lax.scan(minibatch, agent, (indices, jax.random.split(key, num_minibatches)))
+
+    agent, steps = jax.lax.scan(epoch, agent, jax.random.split(key, config.update.epochs))
+    return agent, metrics | jax.tree.map(jnp.mean, steps)
+
+
+def train_iteration(system: System, base_params: Params, state: TrainState) -> tuple[TrainState, Metrics]:
+    """One round of Alg. 1: rollout, append to the window, update. Compiled once per run."""
+    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    carry, transition, episodes = rollout(
+        system, base_params, state.agent, state.rollout, rollout_key, system.config.rollout.decisions
+    )
+    window = buffer.append(state.window, transition)
+    agent, update_metrics = update_phase(system, state.agent, window, update_key)
+    episode = episode_metrics(episodes)
+    state = TrainState(
+        agent,
+        carry,
+        window,
+        key,
+        state.iteration + 1,
+        state.episodes + episode.pop("episodes_ended"),
+        state.env_steps + jnp.sum(episodes.executed),
+    )
+    totals = {"iteration": state.iteration, "episodes": state.episodes, "env_steps": state.env_steps}
+    return state, totals | episode | update_metrics

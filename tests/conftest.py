@@ -1,0 +1,16 @@
+"""Strict settings for every test: two CPU devices, no silent rank promotion, shapes checked at run time."""
+
+import os
+
+# Before anything imports JAX: two CPU devices, so that sharding is exercised everywhere.
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2").strip()
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+# Before anything imports fpo_jax: its annotations become checks.
+install_import_hook("fpo_jax", "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
