@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from fpo_jax.config import TrainConfig, preset
+from fpo_jax.evaluate import report
 from fpo_jax.fit import RunStopped, default_run_dir, fit, read_config
 from fpo_jax.types import FpoError
 
@@ -42,18 +43,6 @@ def parse(arguments: list[str]) -> TrainConfig:
     return replace(config, run_dir=config.run_dir or str(default_run_dir(config)))
 
 
-def report(result: dict) -> str:
-    """The final evaluation in words."""
-    lines = []
-    for name in ("base", "tuned"):
-        r = result[name]
-        interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-        lines.append(f"{name:>6}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each")
-    d = result["difference"]
-    lines.append(f"tuned - base: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> int:
     console = Console()
     errors = Console(stderr=True)
@@ -67,8 +56,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     if result:
-        console.print(report(result), markup=False, highlight=False)
-    console.print(f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...", markup=False)
+        console.print(report(result), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...", markup=False, soft_wrap=True)
     return 0
 
 

@@ -59,7 +59,7 @@ def test_side_by_side_video_holds_the_last_frame(tmp_path):
 def test_render_shows_the_cube_move():
     positions = np.array([[0.0, 0.4, 0.02], [0.0, 0.4, 0.02], [0.2, 0.6, 0.02]])
     try:
-        frames = aloha_render.render_episode(aloha.initial_qpos(positions), height=48, width=64)
+        frames = aloha_render.render_episode(np.asarray(aloha.initial_qpos(positions)), height=48, width=64)
     except FpoError as error:
         pytest.skip(str(error))
     assert frames.shape == (3, 48, 64, 3)

@@ -15,15 +15,17 @@ RANKS = [
     {"envs", "policies", "algorithms"},
     {"clone", "rollout"},
     {"train", "evaluate"},
+    {"video"},
+    {"fit"},
 ]
 SIBLINGS = {0, 1, 4}  # environments, policies and algorithms never import each other
 # Leaves, with what they may import; only LEAF_USERS and experiments import a leaf.
 LEAVES = {
     "checkpoint": {"types", "config"},
-    "analysis": {"types", "config", "metrics", "latent"},
+    "analysis": {"types", "config", "latent", "metrics"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
-LEAF_USERS = {"train", "evaluate", "serve"}
+LEAF_USERS = {"train", "evaluate", "video", "fit", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},

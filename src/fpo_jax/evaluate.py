@@ -24,17 +24,10 @@ class Outcomes(NamedTuple):
     invalid: Bool[np.ndarray, " E"]  # the simulation broke: neither success nor failure
 
 
-class _Batch(NamedTuple):
-    success: Array
-    control_steps: Array
-    ret: Array
-    invalid: Array
-
-
 def _play(
     system: System, base_params: Params, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
-) -> _Batch:
-    """One whole episode in each of N environments."""
+) -> tuple[Array, Array, Array, Array]:
+    """One whole episode in each of N environments: the fields of `Outcomes`."""
     _, _, episodes = rollout(system, base_params, agent, start(system, env_keys), key, system.env.spec.decisions)
     over = episodes.ended | episodes.fault
     first = jnp.argmax(over, axis=0)  # later slots belong to the next episode
@@ -42,7 +35,7 @@ def _play(
     def at_end(x):
         return jnp.take_along_axis(x, first[None], axis=0)[0]
 
-    return _Batch(at_end(episodes.success), at_end(episodes.control_steps), at_end(episodes.ret), at_end(episodes.fault))
+    return at_end(episodes.success), at_end(episodes.control_steps), at_end(episodes.ret), at_end(episodes.fault)
 
 
 class Evaluator:
@@ -63,14 +56,19 @@ class Evaluator:
     def play(self, agent: PyTree, algorithm: Any = None, noise_seed: int = 0) -> Outcomes:
         """All episodes with this agent; another `noise_seed` draws other noise for the same initial states."""
         algorithm = algorithm or self.system.algorithm
-        if algorithm not in self._play:
-            self._play[algorithm] = jax.jit(partial(_play, self.system_for(algorithm)))
         batches = []
         for env_keys, noise_key in zip(self._env_keys, self._noise_keys, strict=True):
-            noise_key = jax.random.fold_in(noise_key, noise_seed)
-            batches.append(jax.device_get(self._play[algorithm](self.base_params, agent, env_keys, noise_key)))
+            batches.append(self.play_from(agent, algorithm, env_keys, jax.random.fold_in(noise_key, noise_seed)))
         columns = zip(*batches, strict=True)
         return Outcomes(*(np.concatenate(column)[: self.episodes] for column in columns))
+
+    def play_from(
+        self, agent: PyTree, algorithm: Any, env_keys: Key[Array, " N"], noise_key: Key[Array, ""]
+    ) -> Outcomes:
+        """One batch of episodes from given initial-state keys."""
+        if algorithm not in self._play:
+            self._play[algorithm] = jax.jit(partial(_play, self.system_for(algorithm)))
+        return Outcomes(*jax.device_get(self._play[algorithm](self.base_params, agent, env_keys, noise_key)))
 
     def system_for(self, algorithm: Any) -> System:
         """The same system with another algorithm choosing the latents."""
@@ -119,3 +117,14 @@ def compare(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
             "interval": "Newcombe's paired interval (method 10), 95 %",
         },
     }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result of `compare`, in words; floors too where there are any."""
+    lines = []
+    for name, r in {"base": result["base"], "tuned": result["tuned"], **result.get("floors", {})}.items():
+        interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+        lines.append(f"{name:>12}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each")
+    d = result["difference"]
+    lines.append(f"tuned - base: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})")
+    return "\n".join(lines)

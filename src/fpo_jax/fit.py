@@ -29,7 +29,8 @@ from fpo_jax.envs import make_env
 from fpo_jax.evaluate import Evaluator, compare
 from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
-from fpo_jax.policies import check_action_space, load_base
+from fpo_jax.policies import load_base
+from fpo_jax.policies.small import check_action_space
 from fpo_jax.rollout import System
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Params
@@ -52,16 +53,17 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.env}-{config.preset}-s{config.seed}"
 
 
-def load_run(run_dir: Path, step: int | None = None, shelf: checkpoint.Shelf = "checkpoints"):
-    """(config, system, base_params, TrainState) of a run, at its newest checkpoint or at `step`.
+def load_run(
+    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints"
+) -> tuple[TrainConfig, System, Params, TrainState]:
+    """(config, system, base_params, state) of a run at its newest whole checkpoint on `shelf`.
 
     Raises FpoError where the directory holds no run or no whole checkpoint.
     """
     config = read_config(run_dir)
+    step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
-        step = checkpoint.latest_step(run_dir, shelf)
-    if step is None:
-        raise FpoError(f"{run_dir} has no whole checkpoint yet; train first, or start again in another --run-dir.")
+        raise FpoError(f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir.")
     system, base_params = build(config)
     like = jax.eval_shape(partial(train.init, system), base_params)
     return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
@@ -215,22 +217,18 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
     Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
     """
     run_dir = Path(config.run_dir or default_run_dir(config))
-    system, base_params = build(config)
-    resumed = config.resume and (run_dir / "config.json").exists()
-    if config.resume and not resumed:
-        raise FpoError(f"There is nothing to resume in {run_dir}; leave --resume out to start, or give its --run-dir.")
-    if resumed:
+    exists = (run_dir / "config.json").exists()
+    if config.resume:
         check_resumable(read_config(run_dir), config)
-        step = checkpoint.latest_step(run_dir)
-        if step is None:
-            raise FpoError(f"{run_dir} has no whole checkpoint; delete it and start again without --resume.")
-        like = jax.eval_shape(partial(train.init, system), base_params)
-        state = checkpoint.restore(run_dir, step, like)
+        _, system, base_params, state = load_run(run_dir)
+        step = int(state.iteration)
         if step >= config.iterations:
             raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
+        system = replace(system, config=config)
+    elif exists:
+        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
     else:
-        if (run_dir / "config.json").exists():
-            raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
+        system, base_params = build(config)
         step, state = None, jax.jit(partial(train.init, system))(base_params)
     _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
     _write_json(run_dir / "provenance.json", provenance())
@@ -246,7 +244,7 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
         run = Run(config, run_dir, logger)
         records = read_jsonl(logger.metrics_path)
         run.replay(records)
-        if not resumed:
+        if step is None:
             run.save(state)
         logger.print(_opening(system, run_dir, step))
         state = _loop(system, base_params, state, run)

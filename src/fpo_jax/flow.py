@@ -128,6 +128,9 @@ def explore(
 ) -> Float[Array, "N D"]:
     """x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s), k < K, with τ^(k) = k / K.  Eq. (7), reading B."""
 
+    if num_steps == 0:
+        return latent  # a scan of length zero does not run under jax.disable_jit
+
     def advance(x, k):
         tau = jnp.full(x.shape[:1], k / num_steps)
         return x + step_size * velocity(params, x, tau, state), None

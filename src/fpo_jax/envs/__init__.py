@@ -1,11 +1,10 @@
 """Environments: batches of simulated tasks behind the `Env` protocol of `fpo_jax.types`."""
 
-import difflib
 import importlib.util
 
 import jax
 
-from fpo_jax.types import Env, FpoError
+from fpo_jax.types import Env, FpoError, suggestion
 
 # Backends are imported by `make_env` alone: each needs packages or devices that the others don't.
 ENVS = {
@@ -22,10 +21,10 @@ def make_env(
     physics="auto": MuJoCo's C engine on CPU, MJX-Warp on NVIDIA GPUs where it is installed, else MJX.
     """
     if name not in ENVS:
-        raise FpoError(f"There is no environment {name!r}{_suggestion(name, ENVS)}.")
+        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}.")
     physics = _default_physics(ENVS[name]) if physics == "auto" else physics
     if physics not in ENVS[name]:
-        raise FpoError(f"The environment {name!r} has no physics {physics!r}{_suggestion(physics, ENVS[name])}.")
+        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}.")
     lengths = {"episode_length": episode_length, "execute_steps": execute_steps}
     lengths = {key: value for key, value in lengths.items() if value is not None}
     for key, value in lengths.items():
@@ -49,8 +48,3 @@ def _default_physics(backends: tuple[str, ...]) -> str:
     if platform == "cpu" or len(backends) == 1:
         return backends[0]
     return "warp" if platform == "gpu" and importlib.util.find_spec("warp") else "mjx"
-
-
-def _suggestion(word: str, known: object) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose one of {', '.join(known)}"
