@@ -1,6 +1,6 @@
 """Evaluate a run: its tuned policy against its base, on the same initial states and noise seeds.
 
-    python experiments/evaluate.py --run-dir runs/aloha_transfer_cube-default-s0 --episodes 512 --json result.json
+python experiments/evaluate.py --run-dir runs/aloha_transfer_cube-default-s0 --episodes 512 --json result.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """Before training: can noise steer this base, and does it take a learned actor?
 
-    python experiments/steerability.py --env aloha_transfer_cube --out runs/steerability
+python experiments/steerability.py --env aloha_transfer_cube --out runs/steerability
 """
 
 import json
@@ -36,7 +36,7 @@ class Args:
     """Initial states."""
     noises: int = 16
     """Noise seeds per initial state."""
-    search: CrossEntropySettings = CrossEntropySettings()
+    search: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     """Budget of the search for one constant latent; the default is FPO's own, 6 144 episodes."""
     seed: int = 3_000_017
     """Seed of states and noises."""
@@ -84,7 +84,9 @@ def show(console: Console, figures: dict[str, Any]) -> None:
     )
     console.print(f"Deciles of the success rate per state: {figures['state_rate_deciles']}")
     gain = figures["floors"]["best constant latent"]["estimate"] - figures["floors"]["base"]["estimate"]
-    console.print(f"The best constant latent ({figures['search_episodes']} episodes of search) changes success by {gain:+.3f}.")
+    console.print(
+        f"The best constant latent ({figures['search_episodes']} episodes of search) changes success by {gain:+.3f}."
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -1,8 +1,8 @@
 """Improve a frozen flow policy by Flow Policy Optimization.
 
-    python experiments/train.py --env aloha_transfer_cube
-    python experiments/train.py --preset paper --seed 1
-    python experiments/train.py --resume --run-dir runs/aloha_transfer_cube-default-s0
+python experiments/train.py --env aloha_transfer_cube
+python experiments/train.py --preset paper --seed 1
+python experiments/train.py --resume --run-dir runs/aloha_transfer_cube-default-s0
 """
 
 import sys
@@ -57,7 +57,11 @@ def main(arguments: list[str]) -> int:
         return 2
     if result:
         console.print(report(result), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...", markup=False, soft_wrap=True)
+    console.print(
+        f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...",
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 

@@ -8,18 +8,20 @@ import numpy as np
 from fpo_jax.types import Env, EnvState
 
 
-def check_env(env: Env, num_envs: int = 4, seed: int = 0, exact: bool = True) -> None:
-    """Run all checks. `exact=False` allows rounding between batch sizes (XLA may vectorise differently)."""
+def check_env(env: Env, num_envs: int = 4, seed: int = 0, thorough: bool = True) -> None:
+    """Run all checks; `thorough=False` leaves out the two that compile `step` once more (minutes for MJX)."""
     step = jax.jit(env.step)
     keys = jax.random.split(jax.random.key(seed), num_envs)
     start = jax.jit(env.reset)(keys)
     chunk = gentle_chunk(env, start)
     check_spec(env, start, num_envs)
     check_step_is_pure(step, start, chunk)
-    check_jit_and_scan(env, step, start, chunk)
-    check_independence(env, step, start, chunk, keys, exact)
+    check_independence(env, step, start, chunk, keys)
+    if thorough:
+        check_scan(env, step, start, chunk)
+        check_alone(env, step, start, chunk, keys)
     check_nan_isolated(step, start, chunk)
-    check_autoreset(step, start, chunk)
+    check_autoreset(env, step, start, chunk)
     check_truncation(env, step, start, chunk)
 
 
@@ -55,7 +57,7 @@ def check_step_is_pure(step, start: EnvState, chunk: jax.Array) -> None:
     assert_states_equal(step(start, chunk), first)
 
 
-def check_jit_and_scan(env: Env, step, start: EnvState, chunk: jax.Array) -> None:
+def check_scan(env: Env, step, start: EnvState, chunk: jax.Array) -> None:
     @jax.jit
     def two_steps(state):
         return jax.lax.scan(lambda state, _: (env.step(state, chunk), None), state, length=2)[0]
@@ -65,19 +67,25 @@ def check_jit_and_scan(env: Env, step, start: EnvState, chunk: jax.Array) -> Non
     assert_states_equal(scanned, looped)
 
 
-def check_independence(env: Env, step, start, chunk, keys, exact: bool) -> None:
-    """Environment i in the batch equals environment i alone, through a step and the reset after it."""
+def check_independence(env: Env, step, start: EnvState, chunk: jax.Array, keys: jax.Array) -> None:
+    """The last environment does not depend on the ones beside it, through a step and the reset after it."""
+    neighbours = jax.random.split(jax.random.key(99), len(keys)).at[-1].set(keys[-1])
+    other = jax.jit(env.reset)(neighbours)
+    poses = np.asarray(start.observation.object_pose)[:-1], np.asarray(other.observation.object_pose)[:-1]
+    assert np.any(poses[0] != poses[1]), "different keys must draw different initial states"
+    expected, result = step_and_reset(step, start, chunk), step_and_reset(step, other, chunk)
+    assert_states_equal(jax.tree.map(lambda x: x[-1:], result), jax.tree.map(lambda x: x[-1:], expected))
 
-    def run(state, chunk):
-        state = step(state, chunk)
-        state = state._replace(truncated=jnp.ones_like(state.truncated))
-        return step(state, chunk)
 
-    together, i = run(start, chunk), len(keys) - 1
-    alone = run(jax.jit(env.reset)(keys[i:]), chunk[i:])
-    assert_states_equal(jax.tree.map(lambda x: x[i:], together), alone, exact)
-    poses = np.asarray(start.observation.object_pose)
-    assert len(np.unique(poses, axis=0)) > 1, "different keys must draw different initial states"
+def check_alone(env: Env, step, start: EnvState, chunk: jax.Array, keys: jax.Array) -> None:
+    """The last environment of the batch equals the same environment alone."""
+    alone = step_and_reset(step, jax.jit(env.reset)(keys[-1:]), chunk[-1:])
+    assert_states_equal(alone, jax.tree.map(lambda x: x[-1:], step_and_reset(step, start, chunk)))
+
+
+def step_and_reset(step, state: EnvState, chunk: jax.Array) -> EnvState:
+    state = step(state, chunk)
+    return step(state._replace(truncated=jnp.ones_like(state.truncated)), chunk)
 
 
 def check_nan_isolated(step, start: EnvState, chunk: jax.Array) -> None:
@@ -89,12 +97,13 @@ def check_nan_isolated(step, start: EnvState, chunk: jax.Array) -> None:
     assert not np.any(after.fault) and after.control_steps[0] == 0
 
 
-def check_autoreset(step, start: EnvState, chunk: jax.Array) -> None:
+def check_autoreset(env: Env, step, start: EnvState, chunk: jax.Array) -> None:
     """A done environment ignores its chunk (even NaN), starts a new episode and moves on to its next key."""
     state = step(start, chunk)
     state = state._replace(truncated=state.truncated.at[0].set(True))
     after = step(state, chunk)
-    assert after.control_steps[0] == 0 and np.all(after.control_steps[1:] == 2 * state.control_steps[1:])
+    two_chunks = min(2 * env.spec.execute_steps, env.spec.episode_length)
+    assert after.control_steps[0] == 0 and np.all(after.control_steps[1:] == two_chunks)
     assert not after.done[0] and after.reward[0] == 0
     unchanged = jax.random.key_data(after.key) == jax.random.key_data(state.key)
     assert not np.all(unchanged[0]) and np.all(unchanged[1:])
@@ -112,10 +121,6 @@ def check_truncation(env: Env, step, start: EnvState, chunk: jax.Array) -> None:
     assert np.all(state.control_steps == env.spec.episode_length)
 
 
-def assert_states_equal(a: EnvState, b: EnvState, exact: bool = True) -> None:
+def assert_states_equal(a: EnvState, b: EnvState) -> None:
     chex.assert_trees_all_equal(jax.random.key_data(a.key), jax.random.key_data(b.key))
-    a, b = a._replace(key=None), b._replace(key=None)
-    if exact:
-        chex.assert_trees_all_equal(a, b)
-    else:
-        chex.assert_trees_all_close(a, b, atol=1e-4, rtol=1e-4)
+    chex.assert_trees_all_equal(a._replace(key=None), b._replace(key=None))

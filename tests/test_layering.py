@@ -15,7 +15,7 @@ RANKS = [
     {"envs", "policies", "algorithms"},
     {"clone", "rollout"},
     {"train", "evaluate"},
-    {"video"},
+    {"video", "steerability"},
     {"fit"},
 ]
 SIBLINGS = {0, 1, 4}  # environments, policies and algorithms never import each other
@@ -25,7 +25,7 @@ LEAVES = {
     "analysis": {"types", "config", "latent", "metrics"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
-LEAF_USERS = {"train", "evaluate", "video", "fit", "serve"}
+LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},

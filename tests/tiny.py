@@ -1,15 +1,29 @@
-"""A whole system small enough for tests: point mass, its analytic base, and networks of 16 units."""
+"""Systems small enough for tests: point mass with networks of 16 units, and an environment that follows a script."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 
+from fpo_jax import train
 from fpo_jax.algorithms import fpo, sac
 from fpo_jax.config import PRESETS, TrainConfig
+from fpo_jax.envs.common import where_env
 from fpo_jax.envs.point_mass import PointMass
 from fpo_jax.latent import LatentSpace
 from fpo_jax.policies.point_mass import PointMassPolicy
-from fpo_jax.rollout import System
+from fpo_jax.rollout import System, rollout, start
+from fpo_jax.types import EnvSpec, EnvState, LatentSample, Observation
+
+# Compiling takes most of the time here: without optimisation it takes half as long.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+iterate = jit(train.train_iteration, static_argnums=0, donate_argnums=2)
+run_rollout = jit(rollout, static_argnums=(0, 5))
+begin = jit(start, static_argnums=0)
+init_fpo = jit(fpo.init, static_argnums=(0, 1))
+act_fpo = jit(fpo.act, static_argnums=0)
 
 
 def shrink(config: TrainConfig) -> TrainConfig:
@@ -38,3 +52,69 @@ def make_system(config: TrainConfig = TINY) -> System:
 
 def keys(num: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), num)
+
+
+def perturbed(params, seed: int = 7, scale: float = 0.3):
+    """Parameters with noise added, so that layers that start at zero no longer are."""
+    leaves, tree = jax.tree.flatten(params)
+    noise = [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys(len(leaves), seed), leaves, strict=True)]
+    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+
+
+# --- an environment that follows a script: nothing the agent does matters
+
+
+@dataclass(frozen=True, eq=False)
+class ScriptedEnv:
+    """Environment i succeeds at its decision `success_at[i]` and breaks at `fault_at[i]` (counted from 1, 0 = never).
+
+    proprio = (decisions so far, i). Episodes last four decisions of two control steps.
+    """
+
+    success_at: tuple[int, ...]
+    fault_at: tuple[int, ...]
+    spec: EnvSpec = EnvSpec("scripted", 2, 2, 0, episode_length=8, execute_steps=2, control_hz=1.0)
+
+    def reset(self, keys) -> EnvState:
+        zeros = jnp.zeros(len(keys), jnp.int32)
+        return self._state(zeros, zeros > 0, zeros > 0, keys)
+
+    def step(self, state: EnvState, chunk) -> EnvState:
+        decisions = state.physics + 1
+        success, fault = decisions == jnp.array(self.success_at), decisions == jnp.array(self.fault_at)
+        return where_env(state.done, self.reset(state.key), self._state(decisions, success, fault, state.key))
+
+    def _state(self, decisions, success, fault, keys) -> EnvState:
+        index = jnp.arange(len(decisions))
+        proprio = jnp.stack([decisions, index], axis=-1).astype(jnp.float32)
+        truncated = (decisions == 4) & ~success & ~fault
+        reward = success.astype(jnp.float32)
+        return EnvState(
+            decisions, Observation(proprio), reward, success, truncated, success, fault, 2 * decisions, 0 * index, keys
+        )
+
+
+@dataclass(frozen=True)
+class EchoPolicy:
+    """Features are the proprioception, the chunk is the noise."""
+
+    horizon: int = 2
+    action_dim: int = 2
+    feature_dim: int = 2
+
+    def encode(self, params, observation):
+        return observation.proprio, None
+
+    def decode(self, params, context, noise):
+        return noise
+
+
+def scripted_system(config: TrainConfig, success_at: tuple[int, ...], fault_at: tuple[int, ...]) -> System:
+    """A system on `ScriptedEnv` whose algorithm draws every latent from N(0, I) and has no agent (None)."""
+
+    def act(config, agent, state, keys):
+        latent = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
+        return LatentSample(latent, jnp.zeros((len(keys), 0)), keys)
+
+    space = LatentSpace("full", 2, 2)
+    return System(config, ScriptedEnv(success_at, fault_at), EchoPolicy(), space, SimpleNamespace(act=act))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 from fpo_jax.types import Transition
 
 
-def _blank(leaf: jax.ShapeDtypeStruct, window: int) -> Array:
+def _blank(leaf: Array | jax.ShapeDtypeStruct, window: int) -> Array:
     shape = (window, *leaf.shape)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), shape)
@@ -17,7 +17,7 @@ def _blank(leaf: jax.ShapeDtypeStruct, window: int) -> Array:
 
 
 def init(rollout: Transition, window: int) -> Transition:
-    """An empty window [W, T, N] for rollouts of the given shapes (arrays or ShapeDtypeStructs [T, N]): nothing is valid."""
+    """An empty window [W, T, N], nothing valid, for rollouts shaped like this one (arrays or structs, [T, N])."""
     return jax.tree.map(lambda leaf: _blank(leaf, window), rollout)
 
 

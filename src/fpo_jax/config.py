@@ -1,4 +1,4 @@
-"""Every knob of the library as frozen dataclasses, and the presets. Units or equation numbers stand beside each knob."""
+"""Every knob of the library as frozen dataclasses with units or equation numbers, and the presets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -77,11 +77,11 @@ class FpoConfig:
     epsilon: float = 0.05
     """ε of Eq. (4)."""
     anchor: float = 0.02
-    """Weight of the mean squared deviation of v_θ from the prior field; keeps bad samples from being pushed away forever."""
+    """Weight of the mean squared deviation of v_θ from the prior field; holds bad samples within reach."""
     advantage: Literal["gae", "q_minus_v"] = "gae"
     """gae: generalised advantage estimation over whole trajectories; q_minus_v: min_i Q(s, x) - V(s)."""
     value_latents: Literal["fresh", "stored"] = "fresh"
-    """Latents at which V(s) reads the critics; stored is the paper's wording and leaves no signal (docs/equations.md)."""
+    """Latents at which V(s) reads the critics; stored (the paper) leaves no signal: docs/equations.md."""
     gae_lambda: float = 0.95
     """λ of GAE."""
     standardize_advantage: bool = True
@@ -246,7 +246,9 @@ def from_dict(values: Mapping[str, Any], like: Any = _DEFAULT) -> Any:
     """The inverse of `to_dict` (also after a trip through JSON); raises FpoError on fields that do not exist."""
     known = {entry.name: getattr(like, entry.name) for entry in dataclasses.fields(like)}
     if unknown := sorted(set(values) - set(known)):
-        raise FpoError(f"The saved configuration has unknown fields ({', '.join(unknown)}); use the version that wrote it.")
+        raise FpoError(
+            f"The saved configuration has unknown fields ({', '.join(unknown)}); use the version that wrote it."
+        )
     parsed = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(known[name]):

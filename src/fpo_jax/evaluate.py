@@ -85,7 +85,7 @@ class Evaluator:
 
 
 def success_summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Success rate over the valid episodes with its Wilson 95 % interval, and the mean episode length [control steps]."""
+    """Success rate of the valid episodes, its Wilson 95 % interval, and the mean episode length [control steps]."""
     valid = ~outcomes.invalid
     interval = wilson_interval(int(outcomes.success[valid].sum()), int(valid.sum()))
     return {
@@ -124,7 +124,9 @@ def report(result: dict[str, Any]) -> str:
     lines = []
     for name, r in {"base": result["base"], "tuned": result["tuned"], **result.get("floors", {})}.items():
         interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-        lines.append(f"{name:>12}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each")
+        lines.append(
+            f"{name:>12}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each"
+        )
     d = result["difference"]
     lines.append(f"tuned - base: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})")
     return "\n".join(lines)

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from fpo_jax import analysis, checkpoint, train
 from fpo_jax.algorithms import fixed, fpo, sac
@@ -53,9 +52,7 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.env}-{config.preset}-s{config.seed}"
 
 
-def load_run(
-    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints"
-) -> tuple[TrainConfig, System, Params, TrainState]:
+def load_run(run_dir: Path, shelf: checkpoint.Shelf = "checkpoints") -> tuple[TrainConfig, System, Params, TrainState]:
     """(config, system, base_params, state) of a run at its newest whole checkpoint on `shelf`.
 
     Raises FpoError where the directory holds no run or no whole checkpoint.
@@ -63,7 +60,9 @@ def load_run(
     config = read_config(run_dir)
     step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
-        raise FpoError(f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir.")
+        raise FpoError(
+            f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir."
+        )
     system, base_params = build(config)
     like = jax.eval_shape(partial(train.init, system), base_params)
     return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
@@ -75,7 +74,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     try:
         return from_dict(json.loads(path.read_text()))
     except OSError as error:
-        raise FpoError(f"{run_dir} holds no run ({path.name} is missing); give the directory that train.py wrote.") from error
+        raise FpoError(
+            f"{run_dir} holds no run ({path.name} is missing); give the directory that train.py wrote."
+        ) from error
     except ValueError as error:
         raise FpoError(f"{path} is damaged; restore it or start a new run.") from error
 
@@ -141,7 +142,7 @@ class RunStopped(FpoError):
 
 
 def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None:
-    """Why a run should stop, or None. `records`: the newest iterations, oldest first; `base_rate`: the first ones' success.
+    """Why a run should stop, or None. `records`: newest last; `base_rate`: success of the first iterations.
 
     Non-finite numbers; latents that left the range a base can read; success that fell to a fifth of where it began.
     """

@@ -38,9 +38,7 @@ def prior_velocity(x: Float[Array, "*batch D"], u: Float[Array, "*batch"]) -> Fl
     return x * ((2 * u - 1) / prior_scale(u) ** 2)[..., None]
 
 
-def cfm_draws(
-    key: Key[Array, ""], num_draws: int, latent_dim: int
-) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+def cfm_draws(key: Key[Array, ""], num_draws: int, latent_dim: int) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
     """The draws (ε, u) of one sample: ε ~ N(0, I), u stratified, one uniform draw in each of S equal bins of [0, 1]."""
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, (num_draws, latent_dim))

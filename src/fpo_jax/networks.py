@@ -1,9 +1,12 @@
 """The trained networks, in Flax Linen: velocity field, Q ensemble, Gaussian actor."""
 
+from typing import Any
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from fpo_jax.types import Params
 
 
 def time_embedding(u: Float[Array, " B"], num_frequencies: int = 4) -> Float[Array, "B e"]:
@@ -77,6 +80,6 @@ class GaussianActor(nn.Module):
         return mean, jnp.clip(log_std, -10.0, 2.0)
 
 
-def num_params(params) -> int:
-    """Number of scalars in a parameter tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def apply(module: nn.Module, params: Params, *inputs: Array) -> Any:
+    """`module.apply`, whose declared type also has the mutable variables that nothing here uses."""
+    return module.apply(params, *inputs)

@@ -56,7 +56,7 @@ def start(system: System, keys: Key[Array, " N"]) -> RolloutState:
 
 
 def observe(system: System, base_params: Params, env_state: EnvState) -> tuple[Float[Array, "N d"], PyTree]:
-    """s_t and the base's context. Where the time limit is terminal, s_t ends with the remaining share of the episode."""
+    """s_t and the base's context; where the time limit is terminal, s_t ends with the share of the episode left."""
     features, context = system.base.encode(base_params, env_state.observation)
     if system.config.rollout.time_limit == "terminal":
         remaining = 1 - env_state.control_steps / system.env.spec.episode_length

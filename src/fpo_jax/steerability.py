@@ -64,9 +64,13 @@ def best_constant_latent(
         nonlocal play
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), generation), per_candidate)
         env_keys = jnp.tile(keys, settings.population)
-        agent = fixed.FixedLatent(jnp.repeat(jnp.asarray(candidates, jnp.float32), per_candidate, axis=0), jnp.zeros(()))
+        agent = fixed.FixedLatent(
+            jnp.repeat(jnp.asarray(candidates, jnp.float32), per_candidate, axis=0), jnp.zeros(())
+        )
         play = play or Evaluator(system, base_params, total, seed, batch=total)
-        success = play.play_from(agent, fixed, env_keys, jax.random.fold_in(jax.random.key(seed + 1), generation)).success
+        success = play.play_from(
+            agent, fixed, env_keys, jax.random.fold_in(jax.random.key(seed + 1), generation)
+        ).success
         return success.reshape(settings.population, per_candidate).mean(axis=1)
 
     return cross_entropy_method(score, system.dims.latent, jax.random.key(seed + 2), settings)

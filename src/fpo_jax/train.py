@@ -54,9 +54,7 @@ def episode_metrics(episodes: Episodes) -> Metrics:
     }
 
 
-def update_phase(
-    system: System, agent: PyTree, window: Transition, key: Key[Array, ""]
-) -> tuple[PyTree, Metrics]:
+def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
     """Alg. 1, lines 14-28: epochs x minibatches as a nested scan over the prepared window."""
     config, algorithm = system.config, system.algorithm
     prepare_key, key = jax.random.split(key)

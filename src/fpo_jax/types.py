@@ -127,9 +127,14 @@ class Env(Protocol):
 class BasePolicy(Protocol):
     """A frozen flow policy: noise in, action chunk out. `encode` runs once per decision, `decode` per latent."""
 
-    horizon: int  # h
-    action_dim: int  # A, width of the noise
-    feature_dim: int  # size of the features that `encode` returns
+    @property
+    def horizon(self) -> int: ...  # h
+
+    @property
+    def action_dim(self) -> int: ...  # A, width of the noise
+
+    @property
+    def feature_dim(self) -> int: ...  # size of the features that `encode` returns
 
     def encode(self, params: Params, observation: Observation) -> tuple[Float[Array, "N f"], PyTree]: ...
 
@@ -146,9 +151,7 @@ class Algorithm(Protocol):
 
     def init(self, config: Any, dims: Dims, key: Key[Array, ""]) -> PyTree: ...
 
-    def act(
-        self, config: Any, agent: PyTree, state: Float[Array, "N d"], keys: Key[Array, " N"]
-    ) -> LatentSample: ...
+    def act(self, config: Any, agent: PyTree, state: Float[Array, "N d"], keys: Key[Array, " N"]) -> LatentSample: ...
 
     def prepare(
         self, config: Any, agent: PyTree, window: Transition, key: Key[Array, ""]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from fpo_jax import buffer, critic, flow
 from fpo_jax.config import ActorConfig, CriticConfig, TrainConfig
 from fpo_jax.critic import masked_mean, masked_std
-from fpo_jax.networks import VelocityNetwork, q_ensemble
+from fpo_jax.networks import VelocityNetwork, apply, q_ensemble
 from fpo_jax.types import Dims, LatentSample, Metrics, Params, Transition
 
 
@@ -38,13 +38,13 @@ class Sample(NamedTuple):
 
 def velocity(config: ActorConfig, params: Params, x, u, state) -> Float[Array, "B D"]:
     """v_θ(x, u, s) = prior field + network (whose last layer starts at zero)."""
-    residual = VelocityNetwork(config.hidden).apply(params, x, u, state)
+    residual = apply(VelocityNetwork(config.hidden), params, x, u, state)
     return flow.prior_velocity(x, u) + residual if config.preserve_prior else residual
 
 
 def ensemble_q(config: CriticConfig, params: Params, state, latent) -> Float[Array, "M B"]:
     """All M critics at (s, x)."""
-    return q_ensemble(config.num_critics, config.hidden).apply(params, state, latent)
+    return apply(q_ensemble(config.num_critics, config.hidden), params, state, latent)
 
 
 def adam(learning_rate: float, max_grad_norm: float) -> optax.GradientTransformation:
@@ -91,9 +91,7 @@ def act(config: TrainConfig, agent: AgentState, state: Float[Array, "N d"], keys
     """Sample x_t and cache ℓ_cfm(x_t | s_t; θ_old) with the key of its draws (Alg. 1, lines 7 and 10)."""
     noise_keys, cfm_keys = flow.split_keys(keys)
     latent = sample_latent(config, agent, state, noise_keys)
-    loss = flow.cfm_loss(
-        partial(velocity, config.actor), agent.actor, state, latent, cfm_keys, config.actor.cfm_draws
-    )
+    loss = flow.cfm_loss(partial(velocity, config.actor), agent.actor, state, latent, cfm_keys, config.actor.cfm_draws)
     return LatentSample(latent, loss, cfm_keys)
 
 
@@ -183,9 +181,7 @@ def _advantages(
     return jax.vmap(gae)(window.reward, window.discount, value, window.done, window.valid)
 
 
-def prepare(
-    config: TrainConfig, agent: AgentState, window: Transition, key: Key[Array, ""]
-) -> tuple[Sample, Metrics]:
+def prepare(config: TrainConfig, agent: AgentState, window: Transition, key: Key[Array, ""]) -> tuple[Sample, Metrics]:
     """Advantages for the whole window, flattened to samples [W·T·N].
 
     `first_ratio_error` is max |ρ - 1| on the newest rollout before its first step: 0 up to rounding, unless the cached
@@ -194,9 +190,7 @@ def prepare(
     samples = Sample(window, _advantages(config, agent, window, key))
     newest = buffer.flatten(jax.tree.map(lambda leaf: leaf[-1], window), 2)
     field = partial(velocity, config.actor)
-    new = flow.cfm_loss(
-        field, agent.actor, newest.state, newest.latent, newest.cfm_key, config.actor.cfm_draws
-    )
+    new = flow.cfm_loss(field, agent.actor, newest.state, newest.latent, newest.cfm_key, config.actor.cfm_draws)
     error = jnp.abs(jnp.exp(jnp.mean(loss_reduction(newest.cfm_loss, new), axis=-1)) - 1)
     advantage = samples.advantage
     metrics = {

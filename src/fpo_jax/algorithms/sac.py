@@ -15,7 +15,7 @@ from fpo_jax import buffer, critic, flow
 from fpo_jax.algorithms.fpo import adam, ensemble_q, init_critic
 from fpo_jax.config import SacConfig, TrainConfig
 from fpo_jax.critic import masked_mean
-from fpo_jax.networks import GaussianActor
+from fpo_jax.networks import GaussianActor, apply
 from fpo_jax.types import Dims, LatentSample, Metrics, Params, Transition
 
 
@@ -72,7 +72,7 @@ def sample_latent(
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
     """x ~ π(· | s) and log π(x | s)."""
     latent_dim = _latent_dim(actor)
-    mean, log_std = GaussianActor(config.hidden, latent_dim).apply(actor, state)  # pyright: ignore
+    mean, log_std = apply(GaussianActor(config.hidden, latent_dim), actor, state)
     noise = jax.vmap(lambda key: jax.random.normal(key, (latent_dim,)))(keys)
     return tanh_gaussian(mean, log_std, noise, config.scale)
 
@@ -140,7 +140,7 @@ def update(
         critic_params,
         critic.polyak(agent.target_critic, critic_params, config.critic.polyak),
         critic_opt,
-        agent.log_temperature + step,
+        optax.apply_updates(agent.log_temperature, step),  # pyright: ignore[reportArgumentType]
         temperature_opt,
     )
     return agent, metrics

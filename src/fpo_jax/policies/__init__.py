@@ -1,11 +1,10 @@
 """Frozen base policies (`fpo_jax.types.BasePolicy`) and how to load one."""
 
-import difflib
 from pathlib import Path
 
 from fpo_jax.policies.point_mass import PointMassPolicy
 from fpo_jax.policies.small import SmallPolicy, load_policy
-from fpo_jax.types import FpoError, Params
+from fpo_jax.types import FpoError, Params, suggestion
 
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "checkpoints"  # of a source checkout (pip install -e)
 ANALYTIC = {"point_mass": PointMassPolicy}  # bases that need no file
@@ -25,6 +24,4 @@ def load_base(
     if isinstance(name_or_dir, Path) or "/" in name or Path(name).is_dir():
         return load_policy(name_or_dir)
     known = sorted({*ANALYTIC, *(config.parent.name for config in root.glob("*/config.json"))})
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(known)}, or give a checkpoint folder."
-    raise FpoError(f"There is no base policy called '{name}' in {root}: {hint}")
+    raise FpoError(f"There is no base policy called '{name}' in {root}{suggestion(name, known)}")

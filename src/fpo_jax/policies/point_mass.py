@@ -35,7 +35,9 @@ class PointMassPolicy:
 
     def encode(self, params: Params, observation: Observation) -> tuple[Float[Array, "N 4"], Float[Array, "N 2"]]:
         """Features: position and goal [m]. Context: the position."""
-        return jnp.concatenate([observation.proprio, observation.object_pose], axis=-1), observation.proprio
+        goal = observation.object_pose
+        assert goal is not None, "the point mass shows its goal as object_pose"
+        return jnp.concatenate([observation.proprio, goal], axis=-1), observation.proprio
 
     def decode(
         self, params: Params, context: Float[Array, "N 2"], noise: Float[Array, "N h 2"]

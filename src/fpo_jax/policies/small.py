@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from fpo_jax.latent import dct_basis
-from fpo_jax.types import EnvSpec, FpoError, Observation, Params
+from fpo_jax.types import BasePolicy, EnvSpec, FpoError, Observation, Params
 
 FORMAT = 1  # of the checkpoint folder; raise it when old checkpoints can no longer be read
 _CONFIG, _WEIGHTS, _CARD = "config.json", "params.msgpack", "README.md"
@@ -125,7 +125,7 @@ class SmallPolicy:
         self, params: Params, x_u: Float[Array, "N h A"], u: Float[Array, " N"], features: Float[Array, "N f"]
     ) -> Float[Array, "N h A"]:
         """The clean chunk â(x_u, u, s), in normalised actions."""
-        return self.network.apply(params["network"], x_u, u, features)
+        return self.network.apply(params["network"], x_u, u, features)  # pyright: ignore[reportReturnType]
 
     def decode(
         self, params: Params, context: Float[Array, "N f"], noise: Float[Array, "N h A"]
@@ -135,7 +135,7 @@ class SmallPolicy:
         return chunk * params["stats"]["action_std"][None, None] + params["stats"]["action_mean"][None, None]
 
 
-def check_action_space(policy: SmallPolicy, spec: EnvSpec) -> None:
+def check_action_space(policy: BasePolicy, spec: EnvSpec) -> None:
     """Raises `FpoError` where the policy's chunks don't fit the environment."""
     if policy.action_dim != spec.action_dim:
         raise FpoError(

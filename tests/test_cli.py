@@ -1,0 +1,194 @@
+"""The command line: what a user types, what comes back, and what a wrong word says."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import evaluate as evaluate_script
+import numpy as np
+import pytest
+import train as train_script
+
+from fpo_jax import checkpoint
+from fpo_jax.policies import CHECKPOINTS
+
+TINY = [
+    *("--num-envs", "8", "--rollout.decisions", "3", "--update.epochs", "1", "--update.minibatch-size", "16"),
+    *("--actor.hidden", "8", "--critic.hidden", "8", "--actor.sampler-steps", "2", "--critic.value-samples", "2"),
+    *("--saving.every", "1", "--evaluation.episodes", "8", "--evaluation.no-video", "--saving.no-tensorboard"),
+]
+POINT_MASS = ["--env", "point_mass", *TINY]
+ALOHA = ["--env", "aloha_transfer_cube", "--episode-length", "20", "--execute-steps", "10", *TINY]
+TRAIN = Path(train_script.__file__)
+
+
+def run(arguments, capsys) -> tuple[int, str, str]:
+    code = train_script.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def state_files(run_dir: Path) -> dict:
+    """Every saved array of the newest checkpoint, by name."""
+    step = checkpoint.latest_step(run_dir)
+    manifest = json.loads((run_dir / "checkpoints" / str(step) / "manifest.json").read_text())
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        arrays = reader.restore((run_dir / "checkpoints" / str(step) / "state").resolve())
+    assert len(arrays) > 30 and set(arrays) <= set(manifest["arrays"])
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("_seconds")} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = state_files(one), state_files(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert metrics(one) == metrics(other)
+
+
+@pytest.mark.parametrize("options", [POINT_MASS, ALOHA], ids=["point_mass", "aloha"])
+def test_two_and_two_more_iterations_are_four(options, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run([*options, "--iterations", 4, "--run-dir", whole], capsys)[0] == 0
+    assert run([*options, "--iterations", 2, "--run-dir", parts], capsys)[0] == 0
+    code, out, err = run(["--resume", "--run-dir", parts, "--iterations", 4], capsys)
+    assert code == 0, err
+    assert "resuming after iteration 2" in out
+    assert_same_run(whole, parts)
+
+
+def _start(arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def _wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {count} iterations in time: {process.communicate(timeout=5)}")
+
+
+def test_a_killed_run_resumes_bitwise_and_sigterm_saves(tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = [*POINT_MASS, "--iterations", 400, "--evaluation.episodes", 0]
+    process = _start([*options, "--run-dir", killed])
+    _wait_for_lines(killed / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # a checkpoint that was being written when the machine went down
+    (killed / "checkpoints" / ".999.partial").mkdir()
+    process = _start(["--resume", "--run-dir", killed])
+    _wait_for_lines(killed / "metrics.jsonl", 8, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    done = int(re.search(r"SIGTERM after iteration (\d+); the state is saved", err)[1])
+    assert f"--resume --run-dir {killed}" in err
+    assert checkpoint.latest_step(killed) == done
+    options[options.index("--iterations") + 1] = done
+    assert run([*options, "--run-dir", whole], capsys)[0] == 0
+    assert_same_run(whole, killed)
+
+
+def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
+    code, out, _ = run([*POINT_MASS, "--iterations", 3, "--run-dir", tmp_path / "r", "--saving.tensorboard"], capsys)
+    assert code == 0
+    for name in ("config.json", "provenance.json", "metrics.jsonl", "evaluation.json", "learning_curve.png"):
+        assert (tmp_path / "r" / name).stat().st_size > 0
+    assert list((tmp_path / "r" / "tensorboard").glob("events*"))
+    assert {"iteration", "episodes", "env_steps", "success_rate", "return"} <= set(metrics(tmp_path / "r")[0])
+    assert checkpoint.steps(tmp_path / "r", "milestones")[0] == 0
+    latents = checkpoint.load_extra(tmp_path / "r", 0)
+    assert latents["latent"].shape == (3, 8, 4)
+    assert "tuned - base" in out
+    target = tmp_path / "e.json"
+    assert evaluate_script.main(["--run-dir", str(tmp_path / "r"), "--episodes", "10", "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    for policy in ("base", "tuned"):
+        assert result[policy]["episodes"] == 10
+        assert result[policy]["low"] <= result[policy]["success_rate"] <= result[policy]["high"]
+    difference = result["tuned"]["success_rate"] - result["base"]["success_rate"]
+    assert result["difference"]["success_rate"] == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--env", "aloha_transfer_cub"], "did you mean 'aloha_transfer_cube'"),
+        (["--preset", "papper"], "did you mean 'paper'"),
+        (["--base", "aloha_transfer_cubes"], "did you mean 'aloha_transfer_cube'"),
+        (["--base", "./nowhere"], "nowhere"),
+        (["--env", "point_mass", "--base", "aloha_transfer_cube"], "14 action dimensions"),
+        (["--env", "point_mass", "--physics", "warp"], "has no physics 'warp'"),
+        (["--env", "point_mass", "--latent.rank", "9"], "latent.rank is 9; choose 1 to 4"),
+        (["--env", "point_mass", "--num-envs", "0"], "num_envs must be at least 1"),
+        (["--resume", "--run-dir", "nowhere"], "holds no run"),
+    ],
+)
+def test_wrong_words_get_one_helpful_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(arguments, capsys)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()  # nothing half-begun is left
+
+
+def test_a_damaged_base_is_named(tmp_path, capsys):
+    broken = tmp_path / "base"
+    shutil.copytree(CHECKPOINTS / "aloha_transfer_cube", broken)
+    weights = broken / "params.msgpack"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run(["--base", broken, "--run-dir", tmp_path / "r"], capsys)
+    assert code == 2 and "damaged" in err and err.count("\n") == 1
+
+
+def test_resume_refuses_any_other_change_and_keeps_the_run(tmp_path, capsys):
+    run_dir = tmp_path / "r"
+    assert run([*POINT_MASS, "--iterations", 1, "--run-dir", run_dir], capsys)[0] == 0
+    before = metrics(run_dir)
+    resume = ["--resume", "--run-dir", run_dir, "--iterations"]
+    code, _, err = run([*resume, 2, "--actor.learning-rate", 0.5], capsys)
+    assert code == 2 and "actor.learning_rate: 0.001 -> 0.5" in err
+    code, _, err = run([*resume, 1], capsys)
+    assert code == 2 and "larger --iterations" in err
+    code, _, err = run([*POINT_MASS, "--iterations", 1, "--run-dir", run_dir], capsys)
+    assert code == 2 and "already holds a run" in err
+    assert metrics(run_dir) == before
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    code, _, err = run([*POINT_MASS, "--iterations", 1, "--run-dir", tmp_path / "r"], capsys)
+    assert code == 2 and "disk" in err and "Traceback" not in err
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_script.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--fpo.epsilon" in text and "--critic.num-critics" in text and "(default:" in text
