@@ -15,12 +15,12 @@ import numpy as np
 import rich.progress
 import tyro
 from jaxtyping import Array, Bool, Float, Key
-from statsmodels.stats.proportion import proportion_confint
 
 from fpo_jax.clone import CloneConfig, clone
 from fpo_jax.demos import Demonstrations, load
 from fpo_jax.envs.aloha_expert import Mixture, record_mixture
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
+from fpo_jax.metrics import wilson_interval
 from fpo_jax.policies.small import check_action_space, save_policy
 from fpo_jax.types import BasePolicy, Env, FpoError, Params
 
@@ -30,7 +30,7 @@ class Args:
     out: Path  # checkpoint folder to write
     demos: Path | None = None  # demonstration file (.npz); a mixture is recorded where none is given
     record_episodes: int = 2000  # length of that recording
-    mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps it holds
+    mixture: Mixture = dataclasses.field(default_factory=lambda: Mixture(displaced_fraction=0.6))  # its grasps
     seed: int = 0  # of the recording, the training and the evaluation
     eval_episodes: int = 1000
     eval_envs: int = 250  # simulated side by side
@@ -60,8 +60,8 @@ def base_success(env: Env, policy: BasePolicy, params: Params, key: Key[Array, "
 
 def rate(success: Float[np.ndarray, " N"]) -> str:
     """`0.412 [0.382, 0.443] (1000 episodes)`: the rate with its 95 % Wilson interval."""
-    low, high = proportion_confint(success.sum(), success.size, method="wilson")
-    return f"{success.mean():.3f} [{low:.3f}, {high:.3f}] ({success.size} episodes)"
+    interval = wilson_interval(int(success.sum()), success.size)
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}] ({success.size} episodes)"
 
 
 def model_card(args: Args, demos: Demonstrations, success: np.ndarray, heldout: float, minutes: float) -> str:

@@ -1,7 +1,7 @@
 """The paper's equations in its order, against numbers computed by hand (docs/equations.md)."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +99,13 @@ def test_eq3_statistics_are_constants():
     close(jacobian, [[0.1 * 1.1051709 / 0.2, 0], [0, 0.1 * 0.9048374 / 0.2]])
 
 
-def make_batch(config: TrainConfig, size: int = 6):
-    """An agent with a trained-like actor, and its own fresh samples with advantages ±1."""
-    agent = init_fpo(config, Dims(state=3, latent=4), jax.random.key(0))
+@cache
+def make_batch(size: int = 6):
+    """An agent whose network is no longer zero, and its own fresh samples with advantages ±1."""
+    agent = init_fpo(TINY, Dims(state=3, latent=4), jax.random.key(0))
     agent = agent._replace(actor=perturbed(agent.actor))
     state = jax.random.normal(jax.random.key(1), (size, 3))
-    sample = act_fpo(config, agent, state, keys(size))
+    sample = act_fpo(TINY, agent, state, keys(size))
     flags = jnp.ones(size, bool)
     transition = fpo.Transition(
         state, sample.latent, jnp.zeros(size), state, jnp.zeros(size), flags, flags, sample.cfm_loss, sample.cfm_key
@@ -115,7 +116,7 @@ def make_batch(config: TrainConfig, size: int = 6):
 @pytest.mark.parametrize("kind", ["paper", "mean", "sample"])
 def test_eq3_ratio_is_one_at_the_old_parameters(kind):
     config = replace(TINY, fpo=replace(TINY.fpo, ratio=kind))
-    agent, batch = make_batch(config)
+    agent, batch = make_batch()
     loss = jit(partial(fpo.actor_loss, config))
     _, metrics = loss(agent.actor, batch)
     close(metrics["ratio_mean"], 1.0)
@@ -185,9 +186,9 @@ def test_eq4_averages_over_draws_and_valid_samples():
 
 
 def test_eq4_the_literal_stop_gradient_leaves_no_gradient(monkeypatch):
-    """"We stop gradients through ρ_t": θ enters Eq. (4) through ρ alone, so nothing would be left to learn from."""
+    """ "We stop gradients through ρ_t": θ enters Eq. (4) through ρ alone, so nothing would be left to learn from."""
     config = replace(TINY, fpo=replace(TINY.fpo, anchor=0.0))
-    agent, batch = make_batch(config)
+    agent, batch = make_batch()
 
     def largest_gradient():
         gradient = jit(jax.grad(lambda params: fpo.actor_loss(config, params, batch)[0]))(agent.actor)

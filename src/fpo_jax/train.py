@@ -60,7 +60,7 @@ def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Arr
     prepare_key, key = jax.random.split(key)
     samples, metrics = algorithm.prepare(config, agent, window, prepare_key)
     size = config.update.minibatch_size
-    num_minibatches = config.update.minibatches or max(samples.valid.shape[0] // size, 1)
+    num_minibatches = config.update.minibatches or -(-samples.valid.shape[0] // size)
 
     def minibatch(agent, inputs):
         indices, key = inputs

@@ -30,4 +30,6 @@ def act(config: TrainConfig, agent: FixedLatent, state: Float[Array, "N d"], key
     """x = mean + scale · ε, with the same ε that FPO's sampler starts from for these keys."""
     noise_keys, cfm_keys = flow.split_keys(keys)
     noise = jax.vmap(lambda key: jax.random.normal(key, agent.mean.shape[-1:]))(noise_keys)
-    return LatentSample(agent.mean + agent.scale * noise, jnp.zeros((state.shape[0], 0)), cfm_keys)
+    return LatentSample(
+        jnp.broadcast_to(agent.mean, noise.shape) + agent.scale * noise, jnp.zeros((state.shape[0], 0)), cfm_keys
+    )

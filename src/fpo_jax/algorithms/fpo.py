@@ -264,7 +264,7 @@ def update_actor(config: TrainConfig, agent: AgentState, batch: Sample) -> tuple
     grads, metrics = jax.grad(lambda params: actor_loss(config, params, batch), has_aux=True)(agent.actor)
     optimizer = adam(config.actor.learning_rate, config.actor.max_grad_norm)
     updates, actor_opt = optimizer.update(grads, agent.actor_opt, agent.actor)
-    metrics["actor_grad_norm"] = optax.global_norm(grads)
+    metrics["actor_grad_norm"] = optax.tree.norm(grads)
     return agent._replace(actor=optax.apply_updates(agent.actor, updates), actor_opt=actor_opt), metrics
 
 

@@ -18,39 +18,51 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from fpo_jax.latent import dct_basis
-from fpo_jax.types import BasePolicy, EnvSpec, FpoError, Observation, Params
+from fpo_jax.types import EnvSpec, FpoError, Observation, Params
 
 FORMAT = 1  # of the checkpoint folder; raise it when old checkpoints can no longer be read
 _CONFIG, _WEIGHTS, _CARD = "config.json", "params.msgpack", "README.md"
 
 
 class ChunkDenoiser(nn.Module):
-    """Residual MLP from (x_u, u, s) to the clean chunk; state and flow time modulate every block (FiLM)."""
+    """Clean chunk â(x_u, u, s) = μ(s) + δ(r, u, s), with the residual r = (x_u - u μ(s)) / √((1-u)² + (u σ)²).
+
+    The mean μ sees the state only and carries the precision. δ tells motions apart that the demonstrations hold for
+    the same state: they differ little from each other beside the whole motion, and r enlarges that difference to the
+    scale of the noise (σ = `spread` is its size). Without this split the network averages them at moderate training.
+    """
 
     width: int
     depth: int
     condition_width: int
     frequencies: int
+    spread: float
 
     @nn.compact
     def __call__(
         self, x_u: Float[Array, "N h A"], u: Float[Array, " N"], features: Float[Array, "N f"]
     ) -> Float[Array, "N h A"]:
+        num, horizon, action_dim = x_u.shape
+        hidden = nn.silu(nn.Dense(self.width)(features))
+        hidden = nn.silu(nn.Dense(self.width)(hidden))
+        mean = nn.Dense(horizon * action_dim)(hidden).reshape(x_u.shape)
+
+        time = u[:, None, None]
+        residual = (x_u - time * mean) / jnp.sqrt(jnp.square(1.0 - time) + jnp.square(self.spread * time))
+        # Motions are slow: what tells one from another lies in the low temporal frequencies (an orthonormal DCT), and
+        # leaving the noise of the others out makes the decision between two motions sharp.
+        low = jnp.einsum("hr,nha->nra", dct_basis(horizon, min(self.frequencies, horizon)), residual)
         angles = jnp.outer(u, jnp.pi * jnp.asarray([0.5, 1.0, 2.0, 4.0]))
         condition = jnp.concatenate([features, jnp.sin(angles), jnp.cos(angles)], axis=-1)
         embedded = nn.silu(nn.Dense(self.condition_width)(condition))
         embedded = nn.silu(nn.Dense(self.condition_width)(embedded))
-        # Motions are slow: what tells one from another lies in the low temporal frequencies (an orthonormal DCT), and
-        # leaving the noise of the others out makes the decision between two motions sharp.
-        low = jnp.einsum("hr,nha->nra", dct_basis(x_u.shape[1], min(self.frequencies, x_u.shape[1])), x_u)
-        # The state also enters additively: the grasp needs millimetres, which a noisy product alone blurs.
-        hidden = nn.Dense(self.width)(low.reshape(x_u.shape[0], -1)) + nn.Dense(self.width)(embedded)
+        hidden = nn.Dense(self.width)(low.reshape(num, -1)) + nn.Dense(self.width)(embedded)
         for _ in range(self.depth):
             scale, shift = jnp.split(nn.Dense(2 * self.width)(embedded), 2, axis=-1)
             block = nn.LayerNorm(use_scale=False, use_bias=False)(hidden) * (1.0 + scale) + shift
             hidden = hidden + nn.Dense(self.width)(nn.silu(block))
-        chunk = nn.Dense(x_u.shape[1] * x_u.shape[2])(nn.silu(hidden))
-        return chunk.reshape(x_u.shape)
+        deviation = nn.Dense(horizon * action_dim, kernel_init=nn.initializers.zeros)(nn.silu(hidden))
+        return mean + deviation.reshape(x_u.shape)
 
 
 def integrate_denoiser(
@@ -84,9 +96,10 @@ class SmallPolicy:
     proprio_dim: int = 14  # p
     object_dim: int = 3  # leading entries of `object_pose` that are seen: the position [m]
     width: int = 512
-    depth: int = 3  # residual blocks
+    depth: int = 2  # residual blocks
     condition_width: int = 128
     frequencies: int = 8  # temporal frequencies of x_u that the network sees; the prediction has all of them
+    spread: float = 0.1  # size of the difference between motions, in normalised actions
     euler_steps: int = 5
 
     @property
@@ -97,7 +110,7 @@ class SmallPolicy:
     @property
     def network(self) -> ChunkDenoiser:
         """The Linen module whose weights are `params["network"]`."""
-        return ChunkDenoiser(self.width, self.depth, self.condition_width, self.frequencies)
+        return ChunkDenoiser(self.width, self.depth, self.condition_width, self.frequencies, self.spread)
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh weights, and statistics that change nothing (mean 0, std 1)."""
@@ -125,7 +138,7 @@ class SmallPolicy:
         self, params: Params, x_u: Float[Array, "N h A"], u: Float[Array, " N"], features: Float[Array, "N f"]
     ) -> Float[Array, "N h A"]:
         """The clean chunk â(x_u, u, s), in normalised actions."""
-        return self.network.apply(params["network"], x_u, u, features)  # pyright: ignore[reportReturnType]
+        return jnp.asarray(self.network.apply(params["network"], x_u, u, features))
 
     def decode(
         self, params: Params, context: Float[Array, "N f"], noise: Float[Array, "N h A"]
@@ -135,7 +148,7 @@ class SmallPolicy:
         return chunk * params["stats"]["action_std"][None, None] + params["stats"]["action_mean"][None, None]
 
 
-def check_action_space(policy: BasePolicy, spec: EnvSpec) -> None:
+def check_action_space(policy: SmallPolicy, spec: EnvSpec) -> None:
     """Raises `FpoError` where the policy's chunks don't fit the environment."""
     if policy.action_dim != spec.action_dim:
         raise FpoError(

@@ -1,0 +1,474 @@
+"""How fast: physics backends against the raw C loop and gym-aloha, and where the time of a training iteration goes.
+
+python experiments/bench.py
+python experiments/bench.py --pixels --mjx --batch-sizes 8 32
+python experiments/bench.py --mjx --warp --batch-sizes 256 1024 4096 8192 --train.num-envs 1024   # on a GPU
+
+Everything that is compared is measured in one run, in turns (A B C A B C ...), and the figures are medians. "Per CPU
+second" divides by the CPU time of the whole process, so it holds on a machine that is busy with other things; wall time
+does not. Every measurement becomes a line of benchmarks/<machine>.jsonl.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import tyro
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from fpo_jax import train
+from fpo_jax.config import TrainConfig
+from fpo_jax.envs import aloha, make_env
+from fpo_jax.envs.aloha_expert import plan
+from fpo_jax.envs.aloha_mujoco import AlohaMujoco, load_model, simulate
+from fpo_jax.fit import build, provenance
+from fpo_jax.rollout import System, observe, residual_noise, slot_keys
+from fpo_jax.train import TrainState
+from fpo_jax.types import FpoError, Params
+
+Record = dict[str, Any]
+
+OURS, RAW = "fpo_jax mujoco", "raw mj_step loop"
+GYM = "gym_aloha vector env, rendering skipped"
+GYM_STATE = "gym_aloha vector env, pictures removed"
+GYM_PIXELS = "gym_aloha vector env, as shipped"
+PEERS = {  # -> what was changed
+    GYM: "its task's get_observation gives a blank picture instead of rendering three; else as shipped",
+    GYM_STATE: "that picture has one pixel: gymnasium copies every 480 x 640 picture several times, blank or not",
+    GYM_PIXELS: "nothing",
+}
+TARGETS = {RAW: 0.75, GYM: 1.5}  # least env-steps per CPU second of the C backend, as a multiple of theirs
+CHUNK = 50  # control steps per decision, the task's default
+DISTINCT_EPISODES = 16  # larger batches repeat them
+PIXEL_STEPS = 40  # gym-aloha renders three pictures for every step: about 0.2 CPU seconds
+
+
+@dataclass(frozen=True)
+class Args:
+    out: Path = Path("benchmarks")
+    """Directory of the result file."""
+    machine: str | None = None
+    """Name of the result file; by default the kind of machine, e.g. cpu-2core-x86_64 or nvidia-h200."""
+    repeats: int = 5
+    """Rounds; the figures are medians over them."""
+    throughput: bool = True
+    """Compare the backends."""
+    phases: bool = True
+    """Take a training iteration apart."""
+    num_envs: int = 64
+    """Environments of the C backend, and episodes of the raw loop."""
+    gym_envs: int = 8
+    """Environments in gym-aloha's vector environment, which steps them one after the other."""
+    threads: int | None = None
+    """Threads of the C backend and of the raw loop; by default one per CPU."""
+    max_steps: int = 200
+    """Control steps per environment and round, at most; fewer where an episode succeeds before (see `workload`)."""
+    pixels: bool = False
+    """Also gym-aloha as shipped; needs OpenGL, and takes minutes."""
+    mjx: bool = False
+    """Also MJX, impl jax; compiles for a minute or more."""
+    warp: bool = False
+    """Also MJX-Warp; needs an NVIDIA GPU and the extra `warp`."""
+    batch_sizes: tuple[int, ...] = (8,)
+    """Environments of MJX and MJX-Warp."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Whose iteration is taken apart."""
+
+
+# --- env-steps per second -------------------------------------------------------------------------------------------
+
+
+class Workload(NamedTuple):
+    """Scripted expert episodes up to a step at which none has succeeded, so that nobody stops early or resets."""
+
+    cube_position: Float[np.ndarray, "M 3"]  # [m], of gym-aloha's seeds 0 .. M-1
+    actions: Float[np.ndarray, "M T 14"]  # T a multiple of `chunk`
+    chunk: int
+
+
+class Contender(NamedTuple):
+    """Something that plays the workload; `play()` returns the control steps it executed."""
+
+    name: str
+    num_envs: int
+    threads: int
+    play: Callable[[], int]
+
+
+def workload(max_steps: int) -> Workload:
+    """Motions with contacts: right arm grasps (step 75 on), lifts and carries the cube to the other arm."""
+    from gym_aloha.utils import sample_box_pose
+
+    cubes = np.stack([sample_box_pose(seed)[:3] for seed in range(DISTINCT_EPISODES)])
+    actions = np.stack([plan(cube) for cube in cubes]).astype(np.float32)[:, :max_steps]
+    with ThreadPoolExecutor() as pool:
+        rewards = [reward for _, reward in pool.map(simulate, cubes, actions)]
+    success = np.any(np.stack(rewards) == aloha.SUCCESS_REWARD, axis=0)
+    before_success = int(np.argmax(success)) if success.any() else actions.shape[1]
+    chunk = min(CHUNK, before_success)
+    return Workload(cubes, actions[:, : before_success - before_success % chunk], chunk)
+
+
+def raw_loop(work: Workload, num_envs: int, threads: int) -> Contender:
+    """The yardstick: each thread resets, sets controls and calls `mj_step(m, d, 10)`; no rewards, no observations."""
+    model, num_episodes = load_model(), len(work.actions)
+    start = np.asarray(aloha.initial_qpos(work.cube_position))
+    controls = np.asarray(aloha.control_from_action(work.actions.astype(np.float64)))
+    pool = ThreadPoolExecutor(threads)
+
+    def episodes(first: int) -> int:
+        data, steps = mujoco.MjData(model), 0
+        for i in range(first, num_envs, threads):
+            mujoco.mj_resetData(model, data)
+            data.qpos[:] = start[i % num_episodes]
+            for ctrl in controls[i % num_episodes]:
+                data.ctrl[:] = ctrl
+                mujoco.mj_step(model, data, aloha.SUBSTEPS)
+                steps += 1
+        return steps
+
+    return Contender(RAW, num_envs, threads, lambda: sum(pool.map(episodes, range(threads))))
+
+
+def jax_env(name: str, env: Any, work: Workload, num_envs: int, threads: int) -> Contender:
+    """One of our backends as training uses it: reset, then a scan over decisions, in one compiled program."""
+    episode = np.arange(num_envs) % len(work.actions)
+    starts = np.arange(0, work.actions.shape[1], work.chunk)
+
+    @jax.jit
+    def play(cube_position, actions, keys):
+        def decide(state, t):
+            after = env.step(state, jax.lax.dynamic_slice_in_dim(actions, t, work.chunk, axis=1)[episode])
+            return after, jnp.sum(jnp.where(state.done, 0, after.control_steps - state.control_steps))
+
+        return jnp.sum(jax.lax.scan(decide, env.reset_to(cube_position[episode], keys), starts)[1])
+
+    cubes, actions = jnp.asarray(work.cube_position, jnp.float32), jnp.asarray(work.actions)
+    keys = jax.random.split(jax.random.key(0), num_envs)
+    return Contender(name, num_envs, threads, lambda: int(play(cubes, actions, keys)))
+
+
+def _without_rendering(task: Any, picture: np.ndarray, physics: Any) -> dict[str, Any]:
+    """What a gym-aloha task observes, but for the pictures."""
+    states = {"qpos": task.get_qpos(physics), "qvel": task.get_qvel(physics), "env_state": task.get_env_state(physics)}
+    return {**states, "images": {"top": picture}}
+
+
+def gym_vector(name: str, work: Workload, num_envs: int) -> Contender:
+    """gym-aloha's environment in gymnasium's SyncVectorEnv, changed as PEERS says."""
+    import gym_aloha  # noqa: F401  (registers the environment)
+    import gymnasium
+
+    height, width = (1, 1) if name == GYM_STATE else (480, 640)
+    options = {"obs_type": "pixels_agent_pos", "observation_height": height, "observation_width": width}
+    make = partial(gymnasium.make, "gym_aloha/AlohaTransferCube-v0", **options)
+    env = gymnasium.vector.SyncVectorEnv([make] * num_envs)
+    if name != GYM_PIXELS:
+        for single in env.envs:
+            task = cast(Any, single.unwrapped)._env.task
+            task.get_observation = partial(_without_rendering, task, np.zeros((height, width, 3), np.uint8))
+    seeds = [i % len(work.actions) for i in range(num_envs)]
+    actions = work.actions[seeds].swapaxes(0, 1)[: PIXEL_STEPS if name == GYM_PIXELS else None]
+
+    def play() -> int:
+        env.reset(seed=cast(Any, seeds))
+        for action in actions:
+            env.step(action)
+        return len(actions) * num_envs
+
+    return Contender(name, num_envs, 1, play)
+
+
+def contenders(args: Args, work: Workload) -> list[Contender]:
+    """All that the options ask for."""
+    if args.pixels:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when gym-aloha's environment is first imported
+    threads = args.threads or len(os.sched_getaffinity(0))
+    ours = AlohaMujoco(execute_steps=work.chunk, num_threads=threads)
+    found = [
+        raw_loop(work, args.num_envs, threads),
+        jax_env(OURS, ours, work, args.num_envs, threads),
+        gym_vector(GYM, work, args.gym_envs),
+        gym_vector(GYM_STATE, work, args.gym_envs),
+    ]
+    if args.pixels:
+        found.append(gym_vector(GYM_PIXELS, work, 1))
+    for physics in [name for name, wanted in (("mjx", args.mjx), ("warp", args.warp)) if wanted]:
+        env = make_env("aloha_transfer_cube", physics, execute_steps=work.chunk)
+        found += [jax_env(f"fpo_jax {physics}", env, work, batch, threads) for batch in args.batch_sizes]
+    return found
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """(result, CPU seconds of the whole process, wall seconds)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = call()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def throughput(args: Args, console: Console) -> list[Record]:
+    """Rates of all contenders, and ratios: medians over rounds that go through all of them."""
+    work = workload(args.max_steps)
+    entrants, first_seconds, rounds = [], {}, {}
+    for contender in contenders(args, work):
+        console.print(f"Warming up: {contender.name}, {contender.num_envs} environments", markup=False)
+        try:
+            _, _, first_seconds[contender] = timed(contender.play)
+            entrants.append(contender)
+        except jax.errors.JaxRuntimeError as error:  # a batch too large for the memory spoils no other measurement
+            console.print(f"Left out: {str(error).splitlines()[0]}", markup=False)
+        except Exception as error:
+            if contender.name != GYM_PIXELS:
+                raise
+            raise FpoError(f"gym-aloha could not render ({error}); set MUJOCO_GL or leave --pixels out.") from error
+    for number in range(args.repeats):
+        console.print(f"Backends: round {number + 1} of {args.repeats}")
+        for contender in entrants:
+            steps, cpu, wall = timed(contender.play)
+            rounds.setdefault(contender, []).append((steps / cpu, steps / wall))
+    records = []
+    for contender in entrants:
+        per_cpu_second, per_second = map(statistics.median, zip(*rounds[contender], strict=True))
+        records.append(
+            {
+                "measurement": "env_steps",
+                "contender": contender.name,
+                "num_envs": contender.num_envs,
+                "threads": contender.threads,
+                "env_steps_per_cpu_second": per_cpu_second,
+                "env_steps_per_second": per_second,
+                "first_round_seconds": first_seconds[contender],  # compilation included
+            }
+        )
+    return records + ratios(rounds)
+
+
+def ratios(rounds: dict[Contender, list[tuple[float, float]]]) -> list[Record]:
+    """The C backend against its peers per CPU second; MJX and Warp against the C backend per wall second.
+
+    rounds: (env-steps per CPU second, per second) of each round; the rates of one round are divided by each other.
+    """
+    ours = next(contender for contender in rounds if contender.name == OURS)
+    found = []
+    for contender in rounds:
+        if contender is ours:
+            continue
+        is_peer = contender.name in (RAW, *PEERS)
+        one, other = (ours, contender) if is_peer else (contender, ours)
+        column = 0 if is_peer else 1
+        of_rounds = [a[column] / b[column] for a, b in zip(rounds[one], rounds[other], strict=True)]
+        found.append(
+            {
+                "measurement": "ratio",
+                "contender": one.name,
+                "num_envs": one.num_envs,
+                "to": other.name,
+                "per": "CPU second" if is_peer else "second",
+                "ratio": statistics.median(of_rounds),
+                "lowest": min(of_rounds),
+                "highest": max(of_rounds),
+                "target": TARGETS.get(other.name),
+            }
+        )
+    return found
+
+
+# --- a training iteration -------------------------------------------------------------------------------------------
+
+
+def compiled_phases(system: System) -> dict[str, Callable]:
+    """The parts of `train_iteration`, each a program of its own."""
+
+    def decode(base_params, context, latent, keys):
+        noise = system.latent_space.expand(latent, residual_noise(system, keys))
+        return system.base.decode(base_params, context, noise)
+
+    parts = {
+        "encode": partial(observe, system),
+        "act": partial(system.algorithm.act, system.config),
+        "decode": decode,
+        "physics": system.env.step,
+        "update": partial(train.update_phase, system),
+    }
+    return {name: jax.jit(part) for name, part in parts.items()}
+
+
+def phase_times(
+    system: System, phases: dict[str, Callable], base_params: Params, state: TrainState
+) -> dict[str, tuple[float, float]]:
+    """(CPU seconds, wall seconds) of each phase, summed over the decisions of one iteration."""
+    spent = dict.fromkeys(phases, (0.0, 0.0))
+
+    def run(name: str, *inputs: Any) -> Any:
+        result, cpu, wall = timed(lambda: jax.block_until_ready(phases[name](*inputs)))
+        spent[name] = spent[name][0] + cpu, spent[name][1] + wall
+        return result
+
+    env_state = state.rollout.env
+    for key in jax.random.split(state.key, system.config.rollout.decisions):
+        keys = jax.block_until_ready(slot_keys(key, system.config.num_envs))
+        features, context = run("encode", base_params, env_state)
+        sample = run("act", state.agent, features, keys)
+        chunk = run("decode", base_params, context, sample.latent, keys)
+        env_state = run("physics", env_state, chunk)
+    run("encode", base_params, env_state)  # the next state of the last decision
+    run("update", state.agent, state.window, state.key)
+    return spent
+
+
+def iteration(args: Args, console: Console) -> list[Record]:
+    """Whole iterations and their phases, compilation, retraces and peak memory."""
+    system, base_params = build(args.train)
+    traces = 0
+
+    def counted(base_params: Params, state: TrainState) -> Any:
+        nonlocal traces
+        traces += 1  # Python runs when JAX traces, not when the program runs
+        return train.train_iteration(system, base_params, state)
+
+    iterate, phases = jax.jit(counted), compiled_phases(system)
+    console.print(f"Compiling train_iteration: {args.train.env}, {args.train.num_envs} environments")
+    state = jax.jit(partial(train.init, system))(base_params)
+    (state, _), first_cpu, first_wall = timed(lambda: jax.block_until_ready(iterate(base_params, state)))
+    phase_times(system, phases, base_params, state)  # compiles
+    whole, parts = [], []
+    for number in range(args.repeats):
+        console.print(f"Iterations: round {number + 1} of {args.repeats}")
+        parts.append(phase_times(system, phases, base_params, state))
+        (state, _), cpu, wall = timed(lambda state=state: jax.block_until_ready(iterate(base_params, state)))
+        whole.append((cpu, wall))
+    about = {"env": args.train.env, "physics": type(system.env).__name__, "num_envs": args.train.num_envs}
+
+    def seconds(samples: list[tuple[float, float]]) -> Record:
+        cpu, wall = (statistics.median(column) for column in zip(*samples, strict=True))
+        return {"cpu_seconds": cpu, "seconds": wall}
+
+    records = [{"measurement": "phase", "phase": name, **seconds([p[name] for p in parts]), **about} for name in phases]
+    total = seconds(whole)
+    records.append({"measurement": "phase", "phase": "train_iteration", **total, **about})
+    compile_seconds = {
+        "compile_cpu_seconds": max(first_cpu - total["cpu_seconds"], 0.0),
+        "compile_seconds": max(first_wall - total["seconds"], 0.0),  # tracing included
+    }
+    records.append({"measurement": "compilation", **compile_seconds, "retraces": traces - 1, **about})
+    return [*records, {"measurement": "memory", **peak_memory(), **about}]
+
+
+def peak_memory() -> Record:
+    """Most memory this process has held so far, on the host and on the accelerator [bytes]."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    on_device = jax.devices()[0].memory_stats() or {}  # None on CPU
+    return {
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_bytes": on_device.get("peak_bytes_in_use"),
+    }
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def default_machine() -> str:
+    """The kind of machine, not its name."""
+    if jax.default_backend() == "cpu":
+        return f"cpu-{len(os.sched_getaffinity(0))}core-{platform.machine()}"
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+def circumstances(machine: str) -> Record:
+    """What every line says about when, where and with what it was measured."""
+    about = provenance()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "device": jax.devices()[0].device_kind,
+        "load_average": os.getloadavg()[0],  # above 0 before the run begins: others use this machine too
+        "git_revision": about["git_revision"],
+        "python": about["python"],
+        "versions": {**about["versions"], "gym-aloha": version("gym-aloha")},
+    }
+
+
+def show(console: Console, records: list[Record]) -> None:
+    """The same figures as tables."""
+
+    def rows(kind: str) -> list[Record]:
+        return [record for record in records if record["measurement"] == kind]
+
+    if rows("env_steps"):
+        table = Table("backend", "environments", "threads", "per CPU second", "per second", title="env-steps")
+        for r in rows("env_steps"):
+            rates = f"{r['env_steps_per_cpu_second']:,.0f}", f"{r['env_steps_per_second']:,.0f}"
+            table.add_row(r["contender"], str(r["num_envs"]), str(r["threads"]), *rates)
+        console.print(table)
+    for r in rows("ratio"):
+        target = f"; target {r['target']}" if r["target"] else ""
+        spread = f"[{r['lowest']:.2f}, {r['highest']:.2f}]"
+        text = f"{r['contender']} ({r['num_envs']}) / {r['to']}, per {r['per']}: {r['ratio']:.2f} {spread}{target}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if rows("phase"):
+        table = Table("phase", "CPU seconds", "seconds", title="one training iteration")
+        for r in rows("phase"):
+            table.add_row(r["phase"], f"{r['cpu_seconds']:.3f}", f"{r['seconds']:.3f}")
+        console.print(table)
+    for r in rows("compilation"):
+        compilation = f"{r['compile_seconds']:.1f} s ({r['compile_cpu_seconds']:.1f} CPU seconds)"
+        console.print(f"Compilation of train_iteration: {compilation}; retraces: {r['retraces']}")
+    for r in rows("memory"):
+        device = "" if r["peak_device_bytes"] is None else f", device {r['peak_device_bytes'] / 2**30:.2f} GiB"
+        console.print(f"Peak memory: host {r['peak_host_bytes'] / 2**30:.2f} GiB{device}")
+
+
+def bench(args: Args, console: Console) -> list[Record]:
+    """All records, in the order in which they were measured. Raises FpoError."""
+    for name in ("repeats", "num_envs", "gym_envs", "max_steps", "batch_sizes"):
+        if np.min(getattr(args, name)) < 1:
+            raise FpoError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    about = circumstances(args.machine or default_machine())
+    records = iteration(args, console) if args.phases else []  # first: its memory is the process's
+    if args.throughput:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium has opinions about gym-aloha's spaces
+            records += throughput(args, console)
+        for name in (GYM, GYM_STATE):
+            console.print(f"{name}: {PEERS[name]}.", markup=False, highlight=False, soft_wrap=True)
+    return [about | record for record in records]
+
+
+def main(arguments: list[str]) -> int:
+    args = tyro.cli(Args, args=arguments, description=__doc__)
+    console = Console()
+    path = args.out / f"{args.machine or default_machine()}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
+        records = bench(args, console)
+        show(console, records)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    except (FpoError, OSError) as error:
+        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    console.print(f"Appended {len(records)} lines to {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+import json
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax.algorithms import fixed, fpo
+from fpo_jax.config import RolloutConfig, TrainConfig
+from fpo_jax.evaluate import Evaluator, Outcomes, compare, paired_difference, report, success_summary
+from fpo_jax.fit import build
+from fpo_jax.metrics import paired_difference_interval, wilson_interval
+from tiny import TINY, init_fpo, make_system, perturbed, scripted_system
+
+
+def outcomes(success, invalid=None, control_steps=None) -> Outcomes:
+    success = np.array(success, bool)
+    invalid = np.zeros(len(success), bool) if invalid is None else np.array(invalid, bool)
+    steps = np.full(len(success), 8) if control_steps is None else np.array(control_steps)
+    return Outcomes(success, steps, success.astype(np.float32), invalid)
+
+
+def assert_same_episodes(one: Outcomes, other: Outcomes) -> None:
+    for name, a, b in zip(Outcomes._fields, one, other, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def point_mass():
+    """(evaluator of 10 episodes in batches of 4, fresh FPO agent)."""
+    system = make_system()
+    return Evaluator(system, {}, episodes=10, seed=5, batch=4), init_fpo(TINY, system.dims, jax.random.key(0))
+
+
+# --- pairing
+
+
+def test_a_fresh_agent_repeats_the_base_episode_by_episode(point_mass):
+    evaluator, agent = point_mass
+    base = evaluator.play_base()
+    assert len(base.success) == 10 and 0 < base.success.sum() < 10  # so that agreement means something
+    assert_same_episodes(base, evaluator.play(agent))
+    assert_same_episodes(evaluator.play_base(noise_seed=3), evaluator.play(agent, noise_seed=3))
+
+
+def test_a_fresh_agent_repeats_the_base_on_aloha():
+    """With the shipped base, in episodes too short to succeed in; whole ones are in test_base_policy."""
+    config = TrainConfig(episode_length=20, execute_steps=10, num_envs=3)
+    system, params = build(config)
+    evaluator = Evaluator(system, params, episodes=3, seed=0)
+    base, fresh = evaluator.play_base(), evaluator.play(fpo.init(config, system.dims, jax.random.key(1)))
+    assert_same_episodes(base, fresh)
+    assert np.all(base.control_steps == 20) and not np.any(base.success | base.invalid)
+
+
+def test_an_agent_that_has_learned_something_differs(point_mass):
+    evaluator, agent = point_mass
+    learned = evaluator.play(agent._replace(actor=perturbed(agent.actor, scale=1.0)))
+    assert np.any(learned.success != evaluator.play_base().success)
+
+
+def test_playing_again_gives_the_same_and_another_noise_seed_does_not(point_mass):
+    evaluator, _ = point_mass
+    assert_same_episodes(evaluator.play_base(), evaluator.play_base())
+    assert np.any(evaluator.play_base(noise_seed=1).success != evaluator.play_base().success)
+
+
+@pytest.mark.parametrize("episode", [0, 3, 4, 9])
+def test_keys_of_an_episode_replay_it(point_mass, episode):
+    evaluator, agent = point_mass
+    env_keys, noise_key, column = evaluator.keys_of(episode, noise_seed=2)
+    replayed = evaluator.play_from(agent, fpo, env_keys, noise_key)
+    played = evaluator.play(agent, noise_seed=2)
+    assert [field[column] for field in replayed] == [field[episode] for field in played]
+
+
+def test_noise_seeds_share_the_initial_states(point_mass):
+    evaluator, _ = point_mass
+    (keys, noise, _), (other_keys, other_noise, _) = evaluator.keys_of(7, 0), evaluator.keys_of(7, 1)
+    assert np.all(keys == other_keys) and noise != other_noise
+    assert (
+        len({tuple(jax.random.key_data(key).tolist()) for batch in (0, 4, 8) for key in evaluator.keys_of(batch)[0]})
+        == 12
+    )
+
+
+def test_a_batch_is_never_larger_than_the_episodes():
+    evaluator = Evaluator(make_system(replace(TINY, num_envs=128)), {}, episodes=3, seed=0)
+    assert evaluator.num_batches == 1 and len(evaluator.play_base().success) == 3
+
+
+# --- outcomes
+
+
+def test_outcomes_of_a_script():
+    """Environment 0 succeeds at its third decision of two steps, 1 runs out of time after four, 2 breaks at its third."""
+    config = TrainConfig(rollout=RolloutConfig(gamma=0.9))
+    system = scripted_system(config, success_at=(3, 0, 0), fault_at=(0, 0, 3))
+    result = Evaluator(system, {}, episodes=3, seed=0).play(fixed.base(4), fixed)
+    np.testing.assert_array_equal(result.success, [True, False, False])
+    np.testing.assert_array_equal(result.invalid, [False, False, True])
+    np.testing.assert_array_equal(result.control_steps, [6, 8, 6])
+    np.testing.assert_allclose(result.ret, [0.9**2, 0, 0], rtol=1e-6)
+
+
+def test_summary_leaves_invalid_episodes_out():
+    summary = success_summary(
+        outcomes([1, 0, 0, 0, 1], invalid=[0, 0, 0, 1, 0], control_steps=[4, 8, 8, 1000, 2]),
+    )
+    rate, low, high = wilson_interval(2, 4)
+    assert summary == {
+        "success_rate": rate,
+        "low": low,
+        "high": high,
+        "episodes": 4,
+        "invalid_episodes": 1,
+        "episode_length": 5.5,
+    }
+
+
+def test_summary_of_nothing_valid():
+    summary = success_summary(outcomes([0, 0], invalid=[1, 1]))
+    assert math.isnan(summary["success_rate"]) and math.isnan(summary["episode_length"])
+    assert (summary["low"], summary["high"], summary["episodes"], summary["invalid_episodes"]) == (0.0, 1.0, 0, 2)
+
+
+def test_difference_is_over_the_episodes_valid_in_both():
+    base = outcomes([0, 0, 1, 1, 0, 0], invalid=[0, 0, 0, 0, 1, 0])
+    tuned = outcomes([1, 1, 1, 0, 1, 1], invalid=[0, 0, 0, 0, 0, 1])
+    expected = paired_difference_interval(np.array([0, 0, 1, 1]), np.array([1, 1, 1, 0]))
+    assert paired_difference(base, tuned) == expected
+    assert expected.estimate == pytest.approx(0.25)
+
+
+def test_the_result_as_json():
+    result = json.loads(json.dumps(compare(outcomes([0, 0, 1, 0]), outcomes([1, 0, 1, 1]))))
+    assert result.keys() == {"base", "tuned", "difference"}
+    for policy in ("base", "tuned"):
+        expected = {"success_rate", "low", "high", "episodes", "invalid_episodes", "episode_length"}
+        assert result[policy].keys() == expected
+    assert result["difference"].keys() == {"success_rate", "low", "high", "interval"}
+    assert (result["base"]["success_rate"], result["tuned"]["success_rate"]) == (0.25, 0.75)
+    assert result["difference"]["success_rate"] == 0.5
+    assert result["difference"]["low"] < 0.5 < result["difference"]["high"]
+
+
+def test_the_result_in_words():
+    result = compare(outcomes([0, 0, 1, 0]), outcomes([1, 0, 1, 1]))
+    text = report(result | {"floors": {"zero_noise": success_summary(outcomes([0, 0, 0, 0]))}})
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[0].startswith("base: success 0.250 [") and "over 4 episodes, 8 steps each" in lines[0]
+    assert lines[1].startswith("tuned: success 0.750 [") and lines[2].startswith("zero_noise: success 0.000 [")
+    assert lines[3].startswith("tuned - base: +0.500 [") and "Newcombe" in lines[3]

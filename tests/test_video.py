@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax.algorithms import fixed, fpo
+from fpo_jax.config import TrainConfig
+from fpo_jax.evaluate import Evaluator, Outcomes
+from fpo_jax.fit import build
+from fpo_jax.rollout import rollout, start
+from fpo_jax.types import FpoError
+from fpo_jax.video import episode_qpos, most_telling_episode, record_comparison
+from tiny import TINY, init_fpo, make_system
+
+LENGTH = 20  # control steps
+
+
+def outcomes(success, invalid) -> Outcomes:
+    success = np.array(success, bool)
+    return Outcomes(success, np.full(len(success), LENGTH), success.astype(np.float32), np.array(invalid, bool))
+
+
+@pytest.fixture(scope="module")
+def aloha():
+    """(evaluator, fresh FPO agent) of the shipped base in short episodes."""
+    config = TrainConfig(episode_length=LENGTH, execute_steps=10, num_envs=2)
+    system, params = build(config)
+    return Evaluator(system, params, episodes=2, seed=0), fpo.init(config, system.dims, jax.random.key(0))
+
+
+def test_the_replayed_episode_is_the_evaluated_one(aloha):
+    """To the last bit: the video shows what was counted."""
+    evaluator, agent = aloha
+    env_keys, key, column = evaluator.keys_of(1)
+    system = evaluator.system
+    carry, _, _ = rollout(system, evaluator.base_params, agent, start(system, env_keys), key, 2)
+    qpos = episode_qpos(evaluator, agent, fpo, episode=1, length=LENGTH)
+    assert qpos.shape == (LENGTH + 1, 23)
+    np.testing.assert_array_equal(qpos[-1], system.env.qpos(carry.env)[column])
+    assert episode_qpos(evaluator, agent, fpo, episode=1, length=7).shape == (8, 23)
+
+
+def test_the_most_telling_episode_is_won_by_the_tuned_policy_alone():
+    base = outcomes([1, 0, 0, 0, 0], [0, 0, 1, 0, 0])
+    tuned = outcomes([1, 0, 1, 1, 1], [0, 0, 0, 0, 0])
+    assert most_telling_episode(base, tuned) == 3
+    assert most_telling_episode(base, base) == 0
+
+
+def test_a_video_is_written(aloha, tmp_path):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    evaluator, agent = aloha
+    base, tuned = evaluator.play_base(), evaluator.play(agent)
+    agents = fixed.base(evaluator.system.dims.latent), agent
+    target = tmp_path / "video.mp4"
+    try:
+        path = record_comparison(evaluator, base, tuned, agents, (fixed, fpo), target)
+    except FpoError as error:
+        if "OpenGL" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert path == target and target.stat().st_size > 1000
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(target))
+    assert frames >= (LENGTH + 1) // 2 and seconds == pytest.approx(frames / 25.0, abs=0.05)
+
+
+def test_an_environment_without_pictures_is_one_sentence(tmp_path):
+    system = make_system()
+    evaluator = Evaluator(system, {}, episodes=2, seed=0)
+    agents = fixed.base(system.dims.latent), init_fpo(TINY, system.dims, jax.random.key(0))
+    nothing = outcomes([0, 0], [0, 0])
+    with pytest.raises(FpoError, match="point_mass has no renderer"):
+        record_comparison(evaluator, nothing, nothing, agents, (fixed, fpo), tmp_path / "video.mp4")
+    assert not list(tmp_path.iterdir())
