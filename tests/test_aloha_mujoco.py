@@ -125,7 +125,7 @@ def test_task_arrays_in_numpy_and_jax():
     np.testing.assert_allclose(aloha.initial_qpos(jnp.array([0.1, 0.5, 0.05])), qpos, rtol=1e-6)
     batch = jnp.broadcast_to(jnp.asarray(proprio), (3, 2, 14))
     assert aloha.control_from_action(batch).shape == (3, 2, 16)
-    np.testing.assert_allclose(aloha.observe(qpos).object_pose, [0.1, 0.5, 0.05, 1, 0, 0, 0])
+    np.testing.assert_allclose(aloha.observe(jnp.asarray(qpos[None])).object_pose[0], [0.1, 0.5, 0.05, 1, 0, 0, 0])
     positions = np.asarray(jax.vmap(aloha.sample_cube_position)(jax.random.split(jax.random.key(0), 200)))
     assert np.all(positions >= np.float32(aloha.CUBE_LOW)) and np.all(positions <= np.float32(aloha.CUBE_HIGH))
     np.testing.assert_allclose(positions.mean(axis=0), [0.1, 0.5, 0.05], atol=0.02)

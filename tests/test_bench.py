@@ -5,11 +5,13 @@ import math
 import platform
 
 import bench
+import jax
 import numpy as np
 import pytest
 
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_mujoco import simulate
+from tiny import jit
 
 TINY_TRAIN = [
     *("--train.env", "point_mass", "--train.num-envs", "4", "--train.rollout.decisions", "2"),
@@ -18,6 +20,13 @@ TINY_TRAIN = [
 ]
 TINY = ["--num-envs", "3", "--gym-envs", "2", "--max-steps", "4", "--repeats", "2", *TINY_TRAIN]
 CIRCUMSTANCES = {"date", "machine", "device", "load_average", "git_revision", "python", "versions"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,7 @@ def test_all_play_the_same_steps_and_nobody_succeeds_in_them():
     [
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--batch-sizes", "8", "0"], "--batch-sizes must be at least 1"),
-        (["--no-phases", "--warp"], "NVIDIA"),
+        (["--train.env", "point_mas"], "did you mean 'point_mass'"),
     ],
 )
 def test_mistakes_are_one_sentence(options, sentence, tmp_path, capsys):

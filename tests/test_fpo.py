@@ -41,16 +41,24 @@ def prepare(config, agent, window):
     return jit(fpo.prepare, static_argnums=0)(config, agent, window, jax.random.key(3))
 
 
+ensemble_q = jit(fpo.ensemble_q, static_argnums=0)
+state_value = jit(fpo.state_value, static_argnums=0)
+
+
+@jit
+def cfm_loss(actor, state, latent, keys):
+    return flow.cfm_loss(partial(fpo.velocity, TINY.actor), actor, state, latent, keys, TINY.actor.cfm_draws)
+
+
 def stored_q(agent, window):
-    q = fpo.ensemble_q(TINY.critic, agent.critic, window.state.reshape(-1, 3), window.latent.reshape(-1, 4))
+    q = ensemble_q(TINY.critic, agent.critic, window.state.reshape(-1, 3), window.latent.reshape(-1, 4))
     return np.asarray(q).min(axis=0).reshape(W, T, N)
 
 
 def test_act_caches_the_loss_of_the_latent_that_it_executes(agent):
     state = jax.random.normal(jax.random.key(1), (5, 3))
     sample = act_fpo(TINY, agent, state, keys(5))
-    field = partial(fpo.velocity, TINY.actor)
-    again = flow.cfm_loss(field, agent.actor, state, sample.latent, sample.cfm_key, TINY.actor.cfm_draws)
+    again = cfm_loss(agent.actor, state, sample.latent, sample.cfm_key)
     np.testing.assert_allclose(sample.cfm_loss, again, rtol=1e-5)
     assert sample.cfm_loss.shape == (5, TINY.actor.cfm_draws)
 
@@ -68,12 +76,12 @@ def test_exploration_after_sampling_is_part_of_the_executed_latent(agent):
 def test_value_is_the_mean_over_fresh_latents_of_the_smallest_q(agent):
     state, key = jax.random.normal(jax.random.key(1), (2, 3)), jax.random.key(5)
     num = TINY.critic.value_samples
-    latent = fpo.sample_latent(TINY, agent, jnp.repeat(state, num, axis=0), jax.random.split(key, 2 * num))
-    by_hand = [
-        np.mean([fpo.ensemble_q(TINY.critic, agent.critic, state[i : i + 1], x[None]).min() for x in latent[rows]])
-        for i, rows in enumerate((slice(0, num), slice(num, 2 * num)))
-    ]
-    np.testing.assert_allclose(fpo.state_value(TINY, agent, state, key), by_hand, rtol=1e-4, atol=1e-5)
+    repeated = jnp.repeat(state, num, axis=0)  # state 0, state 0, state 1, state 1
+    latent = jit(fpo.sample_latent, static_argnums=0)(TINY, agent, repeated, jax.random.split(key, 2 * num))
+    smallest = np.asarray(ensemble_q(TINY.critic, agent.critic, repeated, latent)).min(axis=0)
+    by_hand = [smallest[:num].mean(), smallest[num:].mean()]
+    np.testing.assert_allclose(state_value(TINY, agent, state, key), by_hand, rtol=1e-4, atol=1e-5)
+    assert np.ptp(smallest[:num]) > 1e-3  # the latents differ
 
 
 def test_advantages_with_stored_latents_are_the_td_errors_of_the_critic(agent, window):
@@ -90,7 +98,7 @@ def test_advantages_q_minus_v(agent, window):
     config = replace(TINY, fpo=replace(TINY.fpo, advantage="q_minus_v"))
     advantage = prepare(config, agent, window)[0].advantage.reshape(W, T, N)
     _, key = jax.random.split(jax.random.key(3))
-    value = fpo.state_value(TINY, agent, window.state.reshape(-1, 3), key).reshape(W, T, N)
+    value = state_value(TINY, agent, window.state.reshape(-1, 3), key).reshape(W, T, N)
     expected = np.where(window.valid, stored_q(agent, window) - np.asarray(value), 0)
     np.testing.assert_allclose(advantage, expected, rtol=1e-4, atol=1e-5)
 
@@ -127,7 +135,7 @@ def test_an_update_moves_losses_against_the_advantage(agent, window):
     for _ in range(5):
         new, metrics = update(TINY, new, batch, jax.random.key(0))
     rows = batch.transition
-    after = flow.cfm_loss(partial(fpo.velocity, TINY.actor), new.actor, rows.state, rows.latent, rows.cfm_key, 2)
+    after = cfm_loss(new.actor, rows.state, rows.latent, rows.cfm_key)
     change = np.asarray(after - rows.cfm_loss).mean(axis=-1)
     assert change[good].mean() < 0 < change[~good].mean()
     assert set(metrics) >= {"actor_loss", "critic_loss", "ratio_mean", "clip_fraction", "effective_sample_size"}

@@ -16,7 +16,15 @@ from fpo_jax.steerability import (
     success_table,
     variance_shares,
 )
-from tiny import make_system
+from tiny import jit, make_system
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        yield
+
 
 # --- the search
 

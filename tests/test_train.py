@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(system, history):
         state, metrics = once(system, {}, state)
     jax.tree.map(np.testing.assert_array_equal, plain(state), plain(history[-1][0]))
     assert metrics == history[-1][1]
-    other = train.init(make_system(replace(TINY, seed=1)), {})
+    other = begin_training(make_system(replace(TINY, seed=1)), {})
     states = [plain(s).rollout.env.observation.object_pose for s in (other, history[0][0])]
     assert np.any(states[0] != states[1])
 

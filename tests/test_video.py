@@ -1,17 +1,24 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from fpo_jax.algorithms import fixed, fpo
-from fpo_jax.config import TrainConfig
 from fpo_jax.evaluate import Evaluator, Outcomes
 from fpo_jax.fit import build
-from fpo_jax.rollout import rollout, start
 from fpo_jax.types import FpoError
 from fpo_jax.video import episode_qpos, most_telling_episode, record_comparison
-from tiny import TINY, init_fpo, make_system
+from tiny import TINY, begin, init_fpo, jit, make_system, run_rollout
 
-LENGTH = 20  # control steps
+LENGTH = 10  # control steps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        yield
 
 
 def outcomes(success, invalid) -> Outcomes:
@@ -22,9 +29,9 @@ def outcomes(success, invalid) -> Outcomes:
 @pytest.fixture(scope="module")
 def aloha():
     """(evaluator, fresh FPO agent) of the shipped base in short episodes."""
-    config = TrainConfig(episode_length=LENGTH, execute_steps=10, num_envs=2)
+    config = replace(TINY, env="aloha_transfer_cube", episode_length=LENGTH, execute_steps=5)
     system, params = build(config)
-    return Evaluator(system, params, episodes=2, seed=0), fpo.init(config, system.dims, jax.random.key(0))
+    return Evaluator(system, params, episodes=2, seed=0), init_fpo(config, system.dims, jax.random.key(0))
 
 
 def test_the_replayed_episode_is_the_evaluated_one(aloha):
@@ -32,7 +39,7 @@ def test_the_replayed_episode_is_the_evaluated_one(aloha):
     evaluator, agent = aloha
     env_keys, key, column = evaluator.keys_of(1)
     system = evaluator.system
-    carry, _, _ = rollout(system, evaluator.base_params, agent, start(system, env_keys), key, 2)
+    carry, _, _ = run_rollout(system, evaluator.base_params, agent, begin(system, env_keys), key, 2)
     qpos = episode_qpos(evaluator, agent, fpo, episode=1, length=LENGTH)
     assert qpos.shape == (LENGTH + 1, 23)
     np.testing.assert_array_equal(qpos[-1], system.env.qpos(carry.env)[column])

@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -89,9 +90,9 @@ def proprio_from_qpos(qpos: Float[AnyArray, "*batch 23"]) -> Float[AnyArray, "*b
     return (selected - _like(_OFFSET, selected)) / _like(_SPAN, selected)
 
 
-def observe(qpos: Float[AnyArray, "*batch 23"]) -> Observation:
+def observe(qpos: Float[Array, "N 23"]) -> Observation:
     """What the policy sees: `agent_pos`, and the cube's pose (privileged)."""
-    return Observation(proprio=proprio_from_qpos(qpos), object_pose=qpos[..., CUBE])
+    return Observation(proprio=jnp.asarray(proprio_from_qpos(qpos)), object_pose=qpos[..., CUBE])
 
 
 def reward_stage(

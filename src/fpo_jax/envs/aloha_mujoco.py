@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from fpo_jax.envs import aloha
 from fpo_jax.envs.common import split_each
-from fpo_jax.types import EnvState, Observation
+from fpo_jax.types import EnvState
 
 # Everything the next step depends on. (mjSTATE_INTEGRATION adds the control, which every step sets anew, and external
 # forces, which are always zero here: four times the bytes for nothing.)
@@ -192,19 +192,18 @@ class AlohaMujoco:
         num_envs = len(done)
         shapes = {
             "physics": jax.ShapeDtypeStruct(physics.shape, jnp.uint32),
-            "observation": Observation(
-                proprio=jax.ShapeDtypeStruct((num_envs, self.spec.proprio_dim), jnp.float32),
-                object_pose=jax.ShapeDtypeStruct((num_envs, self.spec.object_pose_dim), jnp.float32),
-            ),
+            "qpos": jax.ShapeDtypeStruct((num_envs, load_model().nq), jnp.float32),
             "reward": jax.ShapeDtypeStruct((num_envs,), jnp.float32),
             "fault": jax.ShapeDtypeStruct((num_envs,), bool),
             "control_steps": jax.ShapeDtypeStruct((num_envs,), jnp.int32),
         }
         operands = (physics, chunk.astype(jnp.float32), done, cube_position, control_steps)
         out = jax.pure_callback(self._simulate, shapes, *map(_pieces, operands))
+        observation = aloha.observe(out.pop("qpos"))
         terminated = out["reward"] == aloha.SUCCESS_REWARD
         return EnvState(
             **out,
+            observation=observation,
             terminated=terminated,
             truncated=(out["control_steps"] >= self.spec.episode_length) & ~terminated & ~out["fault"],
             success=terminated,
@@ -219,12 +218,9 @@ class AlohaMujoco:
         steps_left = self.spec.episode_length - control_steps  # the last chunk may be cut short
         rows = self._pool.map(_run_row, states, chunk, done, cube_position.astype(np.float64), steps_left)
         state, reward, steps, fault = (np.array(column) for column in zip(*rows, strict=True))
-        observation = aloha.observe(state[:, _QPOS])
         return {
             "physics": state.view(np.uint32),
-            "observation": Observation(
-                proprio=observation.proprio.astype(np.float32), object_pose=observation.object_pose.astype(np.float32)
-            ),
+            "qpos": state[:, _QPOS].astype(np.float32),
             "reward": reward.astype(np.float32),
             "fault": fault,
             "control_steps": np.where(done, 0, control_steps + steps).astype(np.int32),

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from fpo_jax.latent import dct_basis
-from fpo_jax.types import EnvSpec, FpoError, Observation, Params
+from fpo_jax.types import BasePolicy, EnvSpec, FpoError, Observation, Params
 
 FORMAT = 1  # of the checkpoint folder; raise it when old checkpoints can no longer be read
 _CONFIG, _WEIGHTS, _CARD = "config.json", "params.msgpack", "README.md"
@@ -148,7 +148,7 @@ class SmallPolicy:
         return chunk * params["stats"]["action_std"][None, None] + params["stats"]["action_mean"][None, None]
 
 
-def check_action_space(policy: SmallPolicy, spec: EnvSpec) -> None:
+def check_action_space(policy: BasePolicy, spec: EnvSpec) -> None:
     """Raises `FpoError` where the policy's chunks don't fit the environment."""
     if policy.action_dim != spec.action_dim:
         raise FpoError(
