@@ -198,10 +198,21 @@ def gym_vector(name: str, work: Workload, num_envs: int) -> Contender:
     return Contender(name, num_envs, 1, play)
 
 
+def gym_with_pixels(work: Workload) -> Contender:
+    """Raises FpoError where gym-aloha cannot render."""
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read when gym-aloha's environment is first imported
+    try:
+        contender = gym_vector(GYM_PIXELS, work, 1)
+        contender.play()
+    except Exception as error:  # what a missing library raises depends on the library
+        hint = "`apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, set MUJOCO_GL, or leave --pixels out"
+        raise FpoError(f"gym-aloha cannot render ({type(error).__name__}): {hint}.") from error
+    return contender
+
+
 def contenders(args: Args, work: Workload) -> list[Contender]:
     """All that the options ask for."""
-    if args.pixels:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when gym-aloha's environment is first imported
+    shipped = [gym_with_pixels(work)] if args.pixels else []  # first: it decides what gym-aloha renders with
     threads = args.threads or len(os.sched_getaffinity(0))
     ours = AlohaMujoco(execute_steps=work.chunk, num_threads=threads)
     found = [
@@ -209,9 +220,8 @@ def contenders(args: Args, work: Workload) -> list[Contender]:
         jax_env(OURS, ours, work, args.num_envs, threads),
         gym_vector(GYM, work, args.gym_envs),
         gym_vector(GYM_STATE, work, args.gym_envs),
+        *shipped,
     ]
-    if args.pixels:
-        found.append(gym_vector(GYM_PIXELS, work, 1))
     for physics in [name for name, wanted in (("mjx", args.mjx), ("warp", args.warp)) if wanted]:
         env = make_env("aloha_transfer_cube", physics, execute_steps=work.chunk)
         found += [jax_env(f"fpo_jax {physics}", env, work, batch, threads) for batch in args.batch_sizes]
@@ -236,10 +246,6 @@ def throughput(args: Args, console: Console) -> list[Record]:
             entrants.append(contender)
         except jax.errors.JaxRuntimeError as error:  # a batch too large for the memory spoils no other measurement
             console.print(f"Left out: {str(error).splitlines()[0]}", markup=False)
-        except Exception as error:
-            if contender.name != GYM_PIXELS:
-                raise
-            raise FpoError(f"gym-aloha could not render ({error}); set MUJOCO_GL or leave --pixels out.") from error
     for number in range(args.repeats):
         console.print(f"Backends: round {number + 1} of {args.repeats}")
         for contender in entrants:

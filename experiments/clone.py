@@ -30,7 +30,7 @@ class Args:
     out: Path  # checkpoint folder to write
     demos: Path | None = None  # demonstration file (.npz); a mixture is recorded where none is given
     record_episodes: int = 2000  # length of that recording
-    mixture: Mixture = dataclasses.field(default_factory=lambda: Mixture(displaced_fraction=0.6))  # its grasps
+    mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps it holds
     seed: int = 0  # of the recording, the training and the evaluation
     eval_episodes: int = 1000
     eval_envs: int = 250  # simulated side by side
@@ -133,4 +133,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except FpoError as error:
-        sys.exit(f"error: {error}")
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from fpo_jax.algorithms import fixed
-from fpo_jax.evaluate import Evaluator, compare, report, success_summary
+from fpo_jax.evaluate import Evaluator, compare, report, versus
 from fpo_jax.fit import load_run
 from fpo_jax.types import FpoError
 
@@ -33,6 +33,8 @@ class Args:
     """Seed of the initial states and of the noise; apart from training's and from the evaluation at its end."""
     floors: bool = False
     """Also play zero noise and halved noise."""
+    constant: Path | None = None
+    """A steerability.json: also play the best constant latent that it found."""
 
 
 def evaluate(args: Args) -> dict[str, Any]:
@@ -42,13 +44,12 @@ def evaluate(args: Args) -> dict[str, Any]:
     shelf = "best" if args.checkpoint == "best" else "checkpoints"
     config, system, base_params, state = load_run(args.run_dir, shelf)
     evaluator = Evaluator(system, base_params, args.episodes, args.seed)
-    result = compare(evaluator.play_base(), evaluator.play(state.agent))
-    if args.floors:
-        zero = jnp.zeros(system.dims.latent)
-        result["floors"] = {
-            name: success_summary(evaluator.play(fixed.FixedLatent(zero, jnp.float32(scale)), fixed))
-            for name, scale in (("zero_noise", 0.0), ("half_noise", 0.5))
-        }
+    tuned = evaluator.play(state.agent)
+    result = compare(evaluator.play_base(), tuned)
+    result["floors"] = {
+        name: versus(evaluator.play(agent, evaluator.fixed_system), tuned)
+        for name, agent in floors(args, system.dims.latent).items()
+    }
     about = {
         "env": config.env,
         "preset": config.preset,
@@ -61,17 +62,40 @@ def evaluate(args: Args) -> dict[str, Any]:
     return result | {"run": about}
 
 
+def floors(args: Args, dim: int) -> dict[str, fixed.FixedLatent]:
+    """What needs no learned actor, as far as it was asked for."""
+    zero = jnp.zeros(dim)
+    chosen = {}
+    if args.floors:
+        chosen = {
+            "zero_noise": fixed.FixedLatent(zero, jnp.zeros(())),
+            "half_noise": fixed.FixedLatent(zero, jnp.array(0.5)),
+        }
+    if args.constant:
+        try:
+            latent = jnp.array(json.loads(args.constant.read_text())["constant_latent"])
+        except (OSError, ValueError, KeyError) as error:
+            raise FpoError(f"{args.constant} has no constant latent; give what steerability.py --out wrote.") from error
+        if latent.shape != (dim,):
+            raise FpoError(
+                f"The constant latent in {args.constant} has {latent.size} dimensions, this run's has {dim}."
+            )
+        chosen["constant_latent"] = fixed.FixedLatent(latent, jnp.zeros(()))
+    return chosen
+
+
 def main(arguments: list[str]) -> int:
     args = tyro.cli(Args, args=arguments, description=__doc__)
     try:
-        result = evaluate(args)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = evaluate(args)
+        Console().print(report(result), markup=False, highlight=False, soft_wrap=True)
+        if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
     except (FpoError, OSError) as error:
         Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    Console().print(report(result), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -52,7 +52,10 @@ def main(arguments: list[str]) -> int:
     except RunStopped as stopped:
         errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         return stopped.exit_code
-    except FpoError as error:
+    except KeyboardInterrupt:
+        errors.print("Interrupted; what was saved before is whole: go on with --resume and the run's --run-dir.")
+        return 130
+    except (FpoError, OSError) as error:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     if result:

@@ -48,7 +48,7 @@ def test_a_fresh_agent_is_the_base_episode_by_episode(shipped):
     system = evaluator.system
     agent = fpo.init(system.config, system.dims, jax.random.key(3))
     env_keys, noise_key, _ = evaluator.keys_of(0)
-    fresh = evaluator.play_from(agent, fpo, env_keys, noise_key)
+    fresh = evaluator.play_from(agent, env_keys, noise_key)
     for name, ours, bases in zip(fresh._fields, fresh, base, strict=True):
         np.testing.assert_array_equal(ours, bases[:BATCH], err_msg=name)
     assert 0 < fresh.success.sum() < BATCH

@@ -71,14 +71,15 @@ def test_two_and_two_more_iterations_are_four(options, tmp_path, capsys):
     assert_same_run(whole, parts)
 
 
-def _start(arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+def _start(arguments, log: Path) -> subprocess.Popen:
+    """The command as a process of its own, its output in `log`."""
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *map(str, arguments)],
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
 
 
 def _wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
@@ -87,24 +88,26 @@ def _wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
         if path.exists() and path.read_text().count("\n") >= count:
             return
         time.sleep(0.01)
-    raise AssertionError(f"no {count} iterations in time: {process.communicate(timeout=5)}")
+    process.kill()
+    raise AssertionError(f"no {count} iterations in {path} in time")
 
 
 def test_a_killed_run_resumes_bitwise_and_sigterm_saves(tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [*POINT_MASS, "--iterations", 400, "--evaluation.episodes", 0]
-    process = _start([*options, "--run-dir", killed])
+    log = tmp_path / "log"
+    process = _start([*options, "--run-dir", killed], log)
     _wait_for_lines(killed / "metrics.jsonl", 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # a checkpoint that was being written when the machine went down
     (killed / "checkpoints" / ".999.partial").mkdir()
-    process = _start(["--resume", "--run-dir", killed])
+    process = _start(["--resume", "--run-dir", killed], log)
     _wait_for_lines(killed / "metrics.jsonl", 8, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    done = int(re.search(r"SIGTERM after iteration (\d+); the state is saved", err)[1])
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    err = log.read_text()
+    done = int(re.search(r"SIGTERM; the state after iteration (\d+) is saved", err)[1])
     assert f"--resume --run-dir {killed}" in err
     assert checkpoint.latest_step(killed) == done
     options[options.index("--iterations") + 1] = done
@@ -122,7 +125,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
     assert checkpoint.steps(tmp_path / "r", "milestones")[0] == 0
     latents = checkpoint.load_extra(tmp_path / "r", 0)
     assert latents["latent"].shape == (3, 8, 4)
-    assert "tuned - base" in out
+    assert "tuned -    base: " in out
     target = tmp_path / "e.json"
     assert evaluate_script.main(["--run-dir", str(tmp_path / "r"), "--episodes", "10", "--json", str(target)]) == 0
     result = json.loads(target.read_text())

@@ -213,16 +213,16 @@ def test_eq5_td_target():
 
 
 def test_eq6_critic_loss():
-    q, target = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([2.0, 0.0])  # [M B], [B]
+    q, target = jnp.array([[1.0, 2.0], [4.0, 5.0]]), jnp.array([2.0, 0.0])  # [M B], [B]
     both, first = jnp.ones(2, bool), jnp.array([True, False])
-    close(critic_loss(q, target, both)[0], 7.75)  # ((1 + 1)/2 + (4 + 25)/2) / 2
-    close(critic_loss(q, target, first)[0], 1.0)
+    close(critic_loss(q, target, both)[0], 8.5)  # ((1 + 4)/2 + (4 + 25)/2) / 2
+    close(critic_loss(q, target, first)[0], 2.5)
 
     def loss(q, target, valid):
         return critic_loss(q, target, valid)[0]
 
     by_q, by_y = jax.grad(loss, argnums=(0, 1))(q, target, first)
-    close(by_q, [[-1, 0], [1, 0]])  # 2 (Q - y) / M
+    close(by_q, [[-1, 0], [2, 0]])  # 2 (Q - y) / M
     close(by_y, [0, 0])  # y is a constant
     nothing = jax.value_and_grad(loss)(q, target, jnp.zeros(2, bool))
     close(nothing[0], 0.0)

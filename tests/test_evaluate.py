@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from fpo_jax.algorithms import fixed, fpo
 from fpo_jax.config import RolloutConfig, TrainConfig
-from fpo_jax.evaluate import Evaluator, Outcomes, compare, paired_difference, report, success_summary
+from fpo_jax.evaluate import Evaluator, Outcomes, compare, paired_difference, report, success_summary, versus
 from fpo_jax.fit import build
 from fpo_jax.metrics import paired_difference_interval, wilson_interval
 from tiny import TINY, init_fpo, jit, make_system, perturbed, scripted_system
@@ -77,7 +78,7 @@ def test_playing_again_gives_the_same_and_another_noise_seed_does_not(point_mass
 def test_keys_of_an_episode_replay_it(point_mass, episode):
     evaluator, agent = point_mass
     env_keys, noise_key, column = evaluator.keys_of(episode, noise_seed=2)
-    replayed = evaluator.play_from(agent, fpo, env_keys, noise_key)
+    replayed = evaluator.play_from(agent, env_keys, noise_key)
     played = evaluator.play(agent, noise_seed=2)
     assert [field[column] for field in replayed] == [field[episode] for field in played]
 
@@ -102,7 +103,8 @@ def test_outcomes_of_a_script():
     """Decisions of two steps: 0 succeeds at its third, 1 runs out of time after four, 2 breaks at its third."""
     config = TrainConfig(rollout=RolloutConfig(gamma=0.9))
     system = scripted_system(config, success_at=(3, 0, 0), fault_at=(0, 0, 3))
-    result = Evaluator(system, {}, episodes=3, seed=0).play(fixed.base(4), fixed)
+    evaluator = Evaluator(system, {}, episodes=3, seed=0)
+    result = evaluator.play(fixed.base(4), evaluator.fixed_system)
     np.testing.assert_array_equal(result.success, [True, False, False])
     np.testing.assert_array_equal(result.invalid, [False, False, True])
     np.testing.assert_array_equal(result.control_steps, [6, 8, 6])
@@ -150,10 +152,23 @@ def test_the_result_as_json():
     assert result["difference"]["low"] < 0.5 < result["difference"]["high"]
 
 
+def test_a_floor_is_compared_with_the_tuned_policy():
+    floor, tuned = outcomes([0, 0, 1, 0]), outcomes([1, 0, 1, 1])
+    result = versus(floor, tuned)
+    above = result.pop("tuned_above")
+    assert result == success_summary(floor)
+    assert above == compare(floor, tuned)["difference"] and above["success_rate"] == 0.5
+
+
 def test_the_result_in_words():
-    result = compare(outcomes([0, 0, 1, 0]), outcomes([1, 0, 1, 1]))
-    text = report(result | {"floors": {"zero_noise": success_summary(outcomes([0, 0, 0, 0]))}})
-    lines = [line.strip() for line in text.splitlines()]
-    assert lines[0].startswith("base: success 0.250 [") and "over 4 episodes, 8 steps each" in lines[0]
-    assert lines[1].startswith("tuned: success 0.750 [") and lines[2].startswith("zero_noise: success 0.000 [")
-    assert lines[3].startswith("tuned - base: +0.500 [") and "Newcombe" in lines[3]
+    tuned = outcomes([1, 0, 1, 1])
+    result = compare(outcomes([0, 0, 1, 0]), tuned)
+    text = report(result | {"floors": {"zero_noise": versus(outcomes([0, 0, 0, 0]), tuned)}})
+    for pattern in (
+        r"^ *base: success 0.250 \[0.\d+, 0.\d+\] over 4 episodes, 8 steps each$",
+        r"^ *tuned: success 0.750 \[",
+        r"^ *zero_noise: success 0.000 \[0.000, ",
+        r"^tuned - +base: \+0.500 \[.*\] \(Newcombe",
+        r"^tuned - +zero_noise: \+0.750 \[",
+    ):
+        assert re.search(pattern, text, re.MULTILINE), f"{pattern} not in\n{text}"

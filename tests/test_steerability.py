@@ -75,12 +75,12 @@ def test_all_candidates_of_a_generation_meet_the_same_initial_states(monkeypatch
     calls = []
     play_from = Evaluator.play_from
 
-    def spy(self, agent, algorithm, env_keys, noise_key):
-        assert algorithm is fixed and float(agent.scale) == 0.0
+    def spy(self, agent, env_keys, noise_key, system):
+        assert system.algorithm is fixed and float(agent.scale) == 0.0
         calls.append(
             (np.asarray(agent.mean), np.asarray(jax.random.key_data(env_keys)), jax.random.key_data(noise_key))
         )
-        return play_from(self, agent, algorithm, env_keys, noise_key)
+        return play_from(self, agent, env_keys, noise_key, system)
 
     monkeypatch.setattr(Evaluator, "play_from", spy)
     system = make_system()

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax.algorithms import fixed, fpo
 from fpo_jax.evaluate import Evaluator, Outcomes
 from fpo_jax.fit import build
 from fpo_jax.types import FpoError
@@ -40,10 +39,10 @@ def test_the_replayed_episode_is_the_evaluated_one(aloha):
     env_keys, key, column = evaluator.keys_of(1)
     system = evaluator.system
     carry, _, _ = run_rollout(system, evaluator.base_params, agent, begin(system, env_keys), key, 2)
-    qpos = episode_qpos(evaluator, agent, fpo, episode=1, length=LENGTH)
+    qpos = episode_qpos(evaluator, system, agent, episode=1, length=LENGTH)
     assert qpos.shape == (LENGTH + 1, 23)
     np.testing.assert_array_equal(qpos[-1], system.env.qpos(carry.env)[column])
-    assert episode_qpos(evaluator, agent, fpo, episode=1, length=7).shape == (8, 23)
+    assert episode_qpos(evaluator, system, agent, episode=1, length=7).shape == (8, 23)
 
 
 def test_the_most_telling_episode_is_won_by_the_tuned_policy_alone():
@@ -57,10 +56,9 @@ def test_a_video_is_written(aloha, tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     evaluator, agent = aloha
     base, tuned = evaluator.play_base(), evaluator.play(agent)
-    agents = fixed.base(evaluator.system.dims.latent), agent
     target = tmp_path / "video.mp4"
     try:
-        path = record_comparison(evaluator, base, tuned, agents, (fixed, fpo), target)
+        path = record_comparison(evaluator, base, tuned, agent, target)
     except FpoError as error:
         if "OpenGL" not in str(error):
             raise
@@ -73,8 +71,8 @@ def test_a_video_is_written(aloha, tmp_path):
 def test_an_environment_without_pictures_is_one_sentence(tmp_path):
     system = make_system()
     evaluator = Evaluator(system, {}, episodes=2, seed=0)
-    agents = fixed.base(system.dims.latent), init_fpo(TINY, system.dims, jax.random.key(0))
+    agent = init_fpo(TINY, system.dims, jax.random.key(0))
     nothing = outcomes([0, 0], [0, 0])
     with pytest.raises(FpoError, match="point_mass has no renderer"):
-        record_comparison(evaluator, nothing, nothing, agents, (fixed, fpo), tmp_path / "video.mp4")
+        record_comparison(evaluator, nothing, nothing, agent, tmp_path / "video.mp4")
     assert not list(tmp_path.iterdir())

@@ -74,7 +74,7 @@ class FpoConfig:
     """Bound of |log ρ|, for ratio=mean and sample."""
     trust_region: Literal["clip", "asymmetric", "none"] = "clip"
     """clip: Eq. (4); asymmetric: clip for Â >= 0, quadratic penalty for Â < 0; none: ρ Â (ablation no_clip)."""
-    epsilon: float = 0.05
+    epsilon: float = 0.2
     """ε of Eq. (4)."""
     anchor: float = 0.02
     """Weight of the mean squared deviation of v_θ from the prior field; holds bad samples within reach."""
@@ -154,8 +154,8 @@ class SavingConfig:
     """Iterations between rolling checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
     keep: int = 2
     """Rolling checkpoints kept."""
-    milestones: int = 4
-    """Milestones after step 0, spread evenly; each keeps the agent and its newest latents."""
+    milestone_every: int = 12
+    """Iterations between milestones, from step 0 on, and one at the end: agent and its rollout's latents; 0 = none."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
@@ -174,13 +174,13 @@ class TrainConfig:
     """Frozen base policy: a name or a directory; by default the one shipped for the environment."""
     algorithm: Literal["fpo", "sac"] = "fpo"
     """fpo, or latent-space SAC."""
-    physics: Literal["auto", "mujoco", "mjx", "warp"] = "auto"
-    """Simulator: auto takes C MuJoCo on CPU, MJX-Warp or MJX on NVIDIA, MJX on TPU."""
+    physics: Literal["auto", "mujoco", "mjx", "warp", "jax"] = "auto"
+    """Simulator: auto takes C MuJoCo on CPU, MJX-Warp or MJX on NVIDIA, MJX on TPU; jax is point_mass's own."""
     seed: int = 0
     """Seed of everything random in training."""
-    iterations: int = 47
+    iterations: int = 48
     """Rollout-and-update rounds."""
-    num_envs: int = 128
+    num_envs: int = 64
     """N: parallel environments."""
     episode_length: int | None = None
     """Control steps per episode; by default the environment's (ALOHA 300)."""
@@ -207,16 +207,18 @@ _DEFAULT = TrainConfig()
 
 PRESETS: dict[str, TrainConfig] = {
     "default": _DEFAULT,
-    # As literal as can run: z-scored ratio, plain clip, V from stored latents, plain Euler without the prior field.
-    # It gives up the promise that step 0 is the base.
+    # As literal as can run: z-scored ratio, plain clip, V from stored latents, plain Euler without the prior field
+    # (an untrained field of 0 still samples N(0, I), but a trained one contracts), and reading B of Eq. (7).
     "paper": replace(
         _DEFAULT,
         preset="paper",
-        actor=replace(_DEFAULT.actor, integrator="euler", preserve_prior=False, explore_steps=1),
-        fpo=replace(_DEFAULT.fpo, ratio="paper", epsilon=0.2, anchor=0.0, value_latents="stored"),
+        actor=replace(_DEFAULT.actor, integrator="euler", preserve_prior=False, explore_steps=10),
+        fpo=replace(_DEFAULT.fpo, ratio="paper", anchor=0.0, value_latents="stored"),
     ),
     "no_clip": replace(_DEFAULT, preset="no_clip", fpo=replace(_DEFAULT.fpo, trust_region="none")),
-    "single_step": replace(_DEFAULT, preset="single_step", actor=replace(_DEFAULT.actor, sampler_steps=1)),
+    "single_step": replace(
+        _DEFAULT, preset="single_step", actor=replace(_DEFAULT.actor, sampler_steps=1, integrator="euler")
+    ),
     "single_critic": replace(_DEFAULT, preset="single_critic", critic=replace(_DEFAULT.critic, num_critics=1)),
     "no_ratio": replace(
         _DEFAULT,
@@ -267,3 +269,42 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         elif before != after:
             found.append(f"{name}: {before} -> {after}")
     return found
+
+
+_AT_LEAST_ONE = (
+    *("iterations", "num_envs", "latent.rank", "actor.sampler_steps", "actor.cfm_draws", "critic.num_critics"),
+    *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
+    "saving.every",
+)
+_POSITIVE = (
+    *("actor.learning_rate", "actor.max_grad_norm", "critic.learning_rate", "critic.max_grad_norm"),
+    *("fpo.epsilon", "fpo.beta", "fpo.std_floor", "fpo.log_ratio_clamp"),
+    *("sac.learning_rate", "sac.scale", "sac.initial_temperature"),
+)
+_SHARES = ("rollout.gamma", "fpo.gae_lambda", "critic.polyak")
+_NOT_NEGATIVE = ("evaluation.episodes", "saving.milestone_every", "saving.keep", "actor.explore_steps", "fpo.anchor")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises FpoError naming the first option whose value cannot work."""
+
+    def value(name: str) -> Any:
+        found: Any = config
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+
+    rules = (
+        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
+        (_POSITIVE, lambda x: x > 0, "greater than 0"),
+        (_SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
+        (_NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+    )
+    for names, allowed, wanted in rules:
+        for name in names:
+            if not allowed(value(name)):
+                raise FpoError(f"{name} must be {wanted}, not {value(name)}.")
+    if config.update.minibatches is not None and config.update.minibatches < 1:
+        raise FpoError(f"update.minibatches must be at least 1 or left out, not {config.update.minibatches}.")
+    if config.fpo.advantage == "q_minus_v" and config.fpo.value_latents == "stored":
+        raise FpoError("fpo.advantage=q_minus_v with fpo.value_latents=stored is always 0; choose fresh latents.")

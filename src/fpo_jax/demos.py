@@ -43,7 +43,7 @@ def load(path: str | Path) -> Demonstrations:
     try:
         with np.load(path, allow_pickle=False) as file:
             demos = Demonstrations(*(file[name] for name in Demonstrations._fields))
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise FpoError(f"{path} is not a demonstration file ({error}); record one with experiments/clone.py") from error
     steps = {array.shape[:2] for array in demos[:3] if array.ndim == 3}
     if len(steps) != 1 or {array.ndim for array in demos[:3]} != {3} or demos.success.shape != demos.actions.shape[:1]:

@@ -1,7 +1,7 @@
 """Paired evaluation: base and tuned policy on the same initial states and the same noise seeds."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,28 +51,44 @@ class Evaluator:
         env_key, noise_key = jax.random.split(jax.random.key(seed))
         self._env_keys = jax.random.split(env_key, (self.num_batches, batch))
         self._noise_keys = jax.random.split(noise_key, self.num_batches)
-        self._play = {}
+        self._compiled = {}
 
-    def play(self, agent: PyTree, algorithm: Any = None, noise_seed: int = 0) -> Outcomes:
-        """All episodes with this agent; another `noise_seed` draws other noise for the same initial states."""
-        algorithm = algorithm or self.system.algorithm
+    def play(self, agent: PyTree, system: System | None = None, noise_seed: int = 0) -> Outcomes:
+        """All episodes with this agent; another `noise_seed` draws other noise for the same initial states.
+
+        `system`: the evaluator's own, or a variant of it (`fixed_system`, `base_system`).
+        """
         batches = []
         for env_keys, noise_key in zip(self._env_keys, self._noise_keys, strict=True):
-            batches.append(self.play_from(agent, algorithm, env_keys, jax.random.fold_in(noise_key, noise_seed)))
+            batches.append(self.play_from(agent, env_keys, jax.random.fold_in(noise_key, noise_seed), system))
         columns = zip(*batches, strict=True)
         return Outcomes(*(np.concatenate(column)[: self.episodes] for column in columns))
 
     def play_from(
-        self, agent: PyTree, algorithm: Any, env_keys: Key[Array, " N"], noise_key: Key[Array, ""]
+        self, agent: PyTree, env_keys: Key[Array, " N"], noise_key: Key[Array, ""], system: System | None = None
     ) -> Outcomes:
         """One batch of episodes from given initial-state keys."""
-        if algorithm not in self._play:
-            self._play[algorithm] = jax.jit(partial(_play, self.system_for(algorithm)))
-        return Outcomes(*jax.device_get(self._play[algorithm](self.base_params, agent, env_keys, noise_key)))
+        system = system or self.system
+        if system not in self._compiled:
+            self._compiled[system] = jax.jit(partial(_play, system))
+        return Outcomes(*jax.device_get(self._compiled[system](self.base_params, agent, env_keys, noise_key)))
 
-    def system_for(self, algorithm: Any) -> System:
-        """The same system with another algorithm choosing the latents."""
-        return replace(self.system, algorithm=algorithm)
+    @cached_property
+    def fixed_system(self) -> System:
+        """The same system with latents that do not depend on the state (agents of `algorithms.fixed`)."""
+        return replace(self.system, algorithm=fixed)
+
+    @cached_property
+    def base_system(self) -> System:
+        """The frozen base: N(0, I) in a latent space that keeps its noise distribution, as `repeat` does not."""
+        space = self.system.latent_space
+        space = replace(space, space="full") if space.space == "repeat" else space
+        return replace(self.fixed_system, latent_space=space)
+
+    @property
+    def base_agent(self) -> fixed.FixedLatent:
+        """The agent of `base_system`."""
+        return fixed.base(self.base_system.dims.latent)
 
     def keys_of(self, episode: int, noise_seed: int = 0) -> tuple[Key[Array, " N"], Key[Array, ""], int]:
         """(initial-state keys, noise key) of the batch that holds an episode, and its column in it."""
@@ -81,7 +97,7 @@ class Evaluator:
 
     def play_base(self, noise_seed: int = 0) -> Outcomes:
         """All episodes with the frozen base alone."""
-        return self.play(fixed.base(self.system.dims.latent), fixed, noise_seed)
+        return self.play(self.base_agent, self.base_system, noise_seed)
 
 
 def success_summary(outcomes: Outcomes) -> dict[str, Any]:
@@ -104,29 +120,38 @@ def paired_difference(base: Outcomes, tuned: Outcomes) -> Interval:
     return paired_difference_interval(base.success[valid], tuned.success[valid])
 
 
-def compare(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
-    """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them."""
+def _difference(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
     difference = paired_difference(base, tuned)
     return {
-        "base": success_summary(base),
-        "tuned": success_summary(tuned),
-        "difference": {
-            "success_rate": difference.estimate,
-            "low": difference.low,
-            "high": difference.high,
-            "interval": "Newcombe's paired interval (method 10), 95 %",
-        },
+        "success_rate": difference.estimate,
+        "low": difference.low,
+        "high": difference.high,
+        "interval": "Newcombe's paired interval (method 10), 95 %",
     }
+
+
+def compare(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
+    """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them."""
+    return {"base": success_summary(base), "tuned": success_summary(tuned), "difference": _difference(base, tuned)}
+
+
+def versus(floor: Outcomes, tuned: Outcomes) -> dict[str, Any]:
+    """A floor's own success, and by how much the tuned policy is above it."""
+    return success_summary(floor) | {"tuned_above": _difference(floor, tuned)}
 
 
 def report(result: dict[str, Any]) -> str:
     """The result of `compare`, in words; floors too where there are any."""
     lines = []
-    for name, r in {"base": result["base"], "tuned": result["tuned"], **result.get("floors", {})}.items():
+    floors = result.get("floors", {})
+    for name, r in {"base": result["base"], "tuned": result["tuned"], **floors}.items():
         interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
         lines.append(
-            f"{name:>12}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each"
+            f"{name:>15}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each"
         )
-    d = result["difference"]
-    lines.append(f"tuned - base: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})")
+    differences = {"base": result["difference"]} | {name: floor["tuned_above"] for name, floor in floors.items()}
+    for name, d in differences.items():
+        lines.append(
+            f"tuned - {name:>7}: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})"
+        )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +23,9 @@ import jax
 import numpy as np
 
 from fpo_jax import analysis, checkpoint, train
-from fpo_jax.algorithms import fixed, fpo, sac
-from fpo_jax.config import TrainConfig, differences, from_dict, to_dict
-from fpo_jax.envs import make_env
+from fpo_jax.algorithms import fpo, sac
+from fpo_jax.config import TrainConfig, check, differences, from_dict, to_dict
+from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.evaluate import Evaluator, compare
 from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
@@ -41,6 +42,7 @@ _FREE_TO_CHANGE = ("iterations", "resume", "run_dir")  # on resume
 
 def build(config: TrainConfig) -> tuple[System, Params]:
     """Environment, frozen base, latent space and algorithm of a configuration. Raises FpoError for unknown names."""
+    check(config)
     env = make_env(config.env, config.physics, config.episode_length, config.execute_steps)
     base, base_params = load_base(config.base or config.env)
     check_action_space(base, env.spec)
@@ -64,8 +66,29 @@ def load_run(run_dir: Path, shelf: checkpoint.Shelf = "checkpoints") -> tuple[Tr
             f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir."
         )
     system, base_params = build(config)
+    _check_base(run_dir, base_params)
     like = jax.eval_shape(partial(train.init, system), base_params)
     return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
+
+
+def tree_crc32(tree: Params) -> int:
+    """CRC-32 over the bytes of all leaves, to tell whether two trees hold the same numbers."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
+
+
+def _check_base(run_dir: Path, base_params: Params) -> None:
+    try:
+        expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
+    except (OSError, ValueError, KeyError):
+        return  # without a record there is nothing to compare
+    if expected != tree_crc32(base_params):
+        raise FpoError(
+            f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
+            "Restore the base, or train anew."
+        )
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -82,7 +105,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
-    """Only `iterations` may change, and only upwards. Raises FpoError naming every other difference."""
+    """Only `iterations` may change. Raises FpoError naming every other difference."""
     same = replace(config, **{name: getattr(saved, name) for name in _FREE_TO_CHANGE})
     if changed := differences(saved, same):
         raise FpoError(
@@ -94,19 +117,28 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
 def provenance() -> dict[str, Any]:
     """Versions, git revision and machine, for the record."""
     names = ("fpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "versions": {name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
-        "git_revision": revision.stdout.strip() or None,
+        "git_revision": git_revision(),
         "devices": [str(device) for device in jax.devices()],
     }
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree this package runs from ("-dirty" where it was changed); None outside of one."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        inside = Path(git("rev-parse", "--show-toplevel")) == package.parents[1]
+        return git("describe", "--always", "--dirty", "--abbrev=12") if inside else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class StopSignal:
@@ -144,11 +176,15 @@ class RunStopped(FpoError):
 def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None:
     """Why a run should stop, or None. `records`: newest last; `base_rate`: success of the first iterations.
 
-    Non-finite numbers; latents that left the range a base can read; success that fell to a fifth of where it began.
+    Non-finite numbers; simulations that all break; latents that left the range a base can read; success that fell to a
+    fifth of where it began.
     """
     newest = records[-1]
     if bad := [name for name, value in newest.items() if not math.isfinite(value) and name not in _MAY_BE_NAN]:
         return f"{', '.join(sorted(bad))} became non-finite"
+    full = len(records) == records.maxlen
+    if full and all(r["invalid_episodes"] > 0 and math.isnan(r["success_rate"]) for r in records):
+        return f"every simulation broke in the last {len(records)} iterations"
     if not 0.02 < newest["latent_std"] < 10.0:
         return f"the latents collapsed (their root mean square is {newest['latent_std']:.3g}; it starts at 1)"
     rates = [record["success_rate"] for record in records if math.isfinite(record["success_rate"])]
@@ -159,6 +195,7 @@ def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None
 
 _MAY_BE_NAN = {"success_rate", "return", "episode_length"}  # where no episode ended in an iteration
 _COLLAPSE_WINDOW = 8  # iterations
+_FAILED = 2  # exit code
 
 
 class Run:
@@ -167,15 +204,20 @@ class Run:
     def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger):
         self.config, self.run_dir, self.logger = config, run_dir, logger
         self.recent: deque[Mapping[str, float]] = deque(maxlen=_COLLAPSE_WINDOW)
+        self.first_rates: list[float] = []  # success of the first three iterations in which an episode ended
         self.best_rate = -1.0
-        spread = np.linspace(0, config.iterations - 1, config.saving.milestones + 1)
-        self.milestones = {round(step) for step in spread}
+
+    def note(self, record: Mapping[str, float]) -> str | None:
+        """Take a record into the books; returns why the run should stop, or None."""
+        self.recent.append(record)
+        if len(self.first_rates) < 3 and math.isfinite(record["success_rate"]):
+            self.first_rates.append(record["success_rate"])
+        return failure(self.recent, float(np.mean(self.first_rates or [0.0])))
 
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Take up the books of the iterations before a resume."""
         for record in records:
-            numbers = {k: math.nan if v is None else v for k, v in record.items() if not isinstance(v, str)}
-            self.recent.append(numbers)
+            self.note({k: math.nan if v is None else v for k, v in record.items() if not isinstance(v, str)})
             self.best_rate = max(self.best_rate, self._recent_rate())
 
     def _recent_rate(self) -> float:
@@ -186,17 +228,16 @@ class Run:
         keep = self.config.saving.keep if shelf == "checkpoints" else None
         checkpoint.save(self.run_dir, int(state.iteration), state, shelf=shelf, keep=keep, config=to_dict(self.config))
 
-    def after_iteration(self, before: TrainState, state: TrainState, record: Mapping[str, float]) -> None:
-        """Log and save. `before` is the state whose agent gathered the newest rollout of `state`."""
-        self.recent.append(record)
-        self.logger.log(record)
-        step = int(state.iteration)
-        if step - 1 in self.milestones:
+    def save_what_is_due(self, before: TrainState, state: TrainState) -> None:
+        """Rolling, best and milestone checkpoints. The newest rollout of `state` was gathered by `before.agent`."""
+        saving, step = self.config.saving, int(state.iteration)
+        last = step == self.config.iterations
+        if saving.milestone_every and ((step - 1) % saving.milestone_every == 0 or last):
             self._save_milestone(before, state)
         if (rate := self._recent_rate()) > self.best_rate:
             self.best_rate = rate
             self.save(before, "best")
-        if step % self.config.saving.every == 0 or step == self.config.iterations:
+        if step % saving.every == 0 or last:
             self.save(state)
 
     def _save_milestone(self, before: TrainState, state: TrainState) -> None:
@@ -211,28 +252,29 @@ class Run:
             extra=extra,
         )
 
+    def stop(self, state: TrainState, reason: str, advice: str, exit_code: int) -> RunStopped:
+        """Save `state`, write down why where it was no user's wish, and make the exception that ends the run."""
+        self.save(state)
+        step = int(state.iteration)
+        if exit_code == _FAILED:
+            _write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
+        return RunStopped(f"{reason}; the state after iteration {step} is saved in {self.run_dir}. {advice}", exit_code)
+
 
 def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
     """Train, then evaluate base against tuned; returns the evaluation. Writes everything under `config.run_dir`.
 
     Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
     """
+    config = replace(config, physics=resolve_physics(config.env, config.physics))
     run_dir = Path(config.run_dir or default_run_dir(config))
-    exists = (run_dir / "config.json").exists()
     if config.resume:
-        check_resumable(read_config(run_dir), config)
-        _, system, base_params, state = load_run(run_dir)
-        step = int(state.iteration)
-        if step >= config.iterations:
-            raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
-        system = replace(system, config=config)
-    elif exists:
+        step, system, base_params, state = _resume(config, run_dir)
+    elif (run_dir / "config.json").exists():
         raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
     else:
         system, base_params = build(config)
         step, state = None, jax.jit(partial(train.init, system))(base_params)
-    _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
-    _write_json(run_dir / "provenance.json", provenance())
     with RunLogger(
         run_dir,
         iterations=config.iterations,
@@ -243,13 +285,27 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
         console=console,
     ) as logger:
         run = Run(config, run_dir, logger)
-        records = read_jsonl(logger.metrics_path)
-        run.replay(records)
+        run.replay(read_jsonl(logger.metrics_path))
         if step is None:
             run.save(state)
+        # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
+        _write_provenance(run_dir, base_params)
+        _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
         logger.print(_opening(system, run_dir, step))
         state = _loop(system, base_params, state, run)
         return _finish(system, base_params, state, run)
+
+
+def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
+    check_resumable(read_config(run_dir), config)
+    _, system, base_params, state = load_run(run_dir)
+    step = int(state.iteration)
+    finished = step == config.iterations and (run_dir / "evaluation.json").exists()
+    if step > config.iterations or finished:
+        raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
+    for stale in ("stopped.json", "evaluation.json"):
+        (run_dir / stale).unlink(missing_ok=True)
+    return step, replace(system, config=config), base_params, state
 
 
 def _opening(system: System, run_dir: Path, step: int | None) -> str:
@@ -265,60 +321,61 @@ def _opening(system: System, run_dir: Path, step: int | None) -> str:
 def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> TrainState:
     config = system.config
     iterate = jax.jit(partial(train.train_iteration, system))
-    first = [r["success_rate"] for r in read_jsonl(run.logger.metrics_path)[:3] if r["success_rate"] is not None]
-    resume_hint = f"Continue with: python experiments/train.py --resume --run-dir {run.run_dir}"
+    resume = f"Continue with: python experiments/train.py --resume --run-dir {run.run_dir}"
     with stop_signals() as stop:
         for _ in range(int(state.iteration), config.iterations):
             began = time.perf_counter()
             before = state
             state, metrics = iterate(base_params, before)
             record = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            elapsed = time.perf_counter() - began
-            record |= {"iteration_seconds": elapsed}
-            if len(first) < 3 and math.isfinite(record["success_rate"]):
-                first.append(record["success_rate"])
-            run.after_iteration(before, state, record)
-            reason = failure(run.recent, float(np.mean(first or [0.0])))
-            if reason and (config.saving.stop_on_collapse or "non-finite" in reason):
-                good = before if "non-finite" in reason else state
-                run.save(good)
-                raise RunStopped(
-                    f"Training stopped at iteration {record['iteration']}: {reason}. The state after iteration "
-                    f"{int(good.iteration)} is saved in {run.run_dir}; try a smaller --actor.learning-rate or "
-                    "--fpo.epsilon in a new run.",
-                    exit_code=2,
-                )
-            if stop.received and record["iteration"] < config.iterations:
-                run.save(state)
-                raise RunStopped(
-                    f"Stopped by {stop.received.name} after iteration {record['iteration']}; the state is saved. "
-                    + resume_hint,
-                    exit_code=128 + stop.received,
-                )
+            record["iteration_seconds"] = time.perf_counter() - began
+            reason = run.note(record)
+            run.logger.log(record)
+            if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
+                raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
+            run.save_what_is_due(before, state)
+            if reason and config.saving.stop_on_collapse:
+                raise run.stop(state, f"Training stopped: {reason}", _ADVICE, _FAILED)
+            if stop.received:
+                raise run.stop(state, f"Stopped by {stop.received.name}", resume, 128 + stop.received)
     return state
+
+
+_ADVICE = "Try a smaller --actor.learning-rate or --fpo.epsilon in a new run."
 
 
 def _finish(system: System, base_params: Params, state: TrainState, run: Run) -> dict[str, Any]:
     """Paired evaluation, learning curve and video."""
     settings, run_dir = system.config.evaluation, run.run_dir
-    result: dict[str, Any] = {}
-    base_rate = None
-    if settings.episodes > 0:
-        run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
-        evaluator = Evaluator(system, base_params, settings.episodes, settings.seed)
-        base, tuned = evaluator.play_base(), evaluator.play(state.agent)
-        result = compare(base, tuned)
-        _write_json(run_dir / "evaluation.json", result)
-        base_rate = Interval(*(result["base"][name] for name in ("success_rate", "low", "high")))
-        if settings.video:
-            agents = fixed.base(system.dims.latent), state.agent
-            try:
-                path = run_dir / "base_and_tuned.mp4"
-                record_comparison(evaluator, base, tuned, agents, (fixed, system.algorithm), path)
-            except FpoError as error:
-                run.logger.print(f"No video: {error}")
-    analysis.learning_curve_png(run.logger.metrics_path, run_dir / "learning_curve.png", base=base_rate)
+    if settings.episodes == 0:
+        _learning_curve(run, None)
+        return {}
+    run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
+    evaluator = Evaluator(system, base_params, settings.episodes, settings.seed)
+    base, tuned = evaluator.play_base(), evaluator.play(state.agent)
+    result = compare(base, tuned)
+    _write_json(run_dir / "evaluation.json", result)
+    _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
+    if settings.video:
+        try:
+            record_comparison(evaluator, base, tuned, state.agent, run_dir / "base_and_tuned.mp4")
+        except FpoError as error:
+            run.logger.print(f"No video: {error}")
     return result
+
+
+def _learning_curve(run: Run, base: Interval | None) -> None:
+    try:
+        analysis.learning_curve_png(run.logger.metrics_path, run.run_dir / "learning_curve.png", base=base)
+    except FpoError as error:  # a run too short for a single episode
+        run.logger.print(f"No learning curve: {error}")
+
+
+def _write_provenance(run_dir: Path, base_params: Params) -> None:
+    """What this start runs on, after those before it, and the checksum of the base."""
+    path = run_dir / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    _write_json(path, {"base_crc32": tree_crc32(base_params), "starts": [*starts, provenance()]})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -41,18 +41,18 @@ class VelocityNetwork(nn.Module):
         self, x: Float[Array, "B D"], u: Float[Array, " B"], state: Float[Array, "B d"]
     ) -> Float[Array, "B D"]:
         h = MLP(self.hidden)(jnp.concatenate([x, time_embedding(u), state], axis=-1))
-        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(h)
+        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros, name="velocity")(h)
 
 
 class QNetwork(nn.Module):
-    """One critic Q_φ(s, x)."""
+    """One critic Q_φ(s, x). It starts near 0, so that the first advantages are returns and not its random guesses."""
 
     hidden: tuple[int, ...]
 
     @nn.compact
     def __call__(self, state: Float[Array, "B d"], latent: Float[Array, "B D"]) -> Float[Array, " B"]:
         h = MLP(self.hidden, layer_norm=True)(jnp.concatenate([state, latent], axis=-1))
-        return nn.Dense(1)(h)[..., 0]
+        return nn.Dense(1, kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"))(h)[..., 0]
 
 
 def q_ensemble(num_critics: int, hidden: tuple[int, ...]) -> nn.Module:
@@ -75,8 +75,8 @@ class GaussianActor(nn.Module):
     @nn.compact
     def __call__(self, state: Float[Array, "B d"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
         h = MLP(self.hidden)(state)
-        mean = nn.Dense(self.latent_dim, kernel_init=nn.initializers.zeros)(h)
-        log_std = nn.Dense(self.latent_dim, kernel_init=nn.initializers.zeros)(h)
+        mean = nn.Dense(self.latent_dim, kernel_init=nn.initializers.zeros, name="mean")(h)
+        log_std = nn.Dense(self.latent_dim, kernel_init=nn.initializers.zeros, name="log_std")(h)
         return mean, jnp.clip(log_std, -10.0, 2.0)
 
 

@@ -22,7 +22,7 @@ from fpo_jax.types import Params
 class CrossEntropySettings(NamedTuple):
     """Budget of the search: generations x population x episodes_per_candidate episodes."""
 
-    generations: int = 12
+    generations: int = 8
     population: int = 64
     elites: int = 8
     episodes_per_candidate: int = 8
@@ -58,19 +58,16 @@ def best_constant_latent(
     """
     per_candidate = settings.episodes_per_candidate
     total = settings.population * per_candidate
-    play = None
+    evaluator = Evaluator(system, base_params, total, seed, batch=total)
 
     def score(candidates, generation):
-        nonlocal play
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), generation), per_candidate)
         env_keys = jnp.tile(keys, settings.population)
         agent = fixed.FixedLatent(
             jnp.repeat(jnp.asarray(candidates, jnp.float32), per_candidate, axis=0), jnp.zeros(())
         )
-        play = play or Evaluator(system, base_params, total, seed, batch=total)
-        success = play.play_from(
-            agent, fixed, env_keys, jax.random.fold_in(jax.random.key(seed + 1), generation)
-        ).success
+        noise_key = jax.random.fold_in(jax.random.key(seed + 1), generation)
+        success = evaluator.play_from(agent, env_keys, noise_key, evaluator.fixed_system).success
         return success.reshape(settings.population, per_candidate).mean(axis=1)
 
     return cross_entropy_method(score, system.dims.latent, jax.random.key(seed + 2), settings)
@@ -109,7 +106,7 @@ def floors(
 
     def fixed_rate(mean, scale):
         agent = fixed.FixedLatent(jnp.asarray(mean, jnp.float32), jnp.float32(scale))
-        return rate(evaluator.play(agent, fixed).success)
+        return rate(evaluator.play(agent, evaluator.fixed_system).success)
 
     return {
         "base": rate(table[0]),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree, UInt
 
 from fpo_jax import buffer
 from fpo_jax.rollout import Episodes, RolloutState, System, rollout, start
@@ -19,9 +19,9 @@ class TrainState(NamedTuple):
     rollout: RolloutState
     window: Transition  # [W, T, N]
     key: Key[Array, ""]
-    iteration: Int[Array, ""]
-    episodes: Int[Array, ""]  # finished so far
-    env_steps: Int[Array, ""]  # control steps executed so far
+    iteration: UInt[Array, ""]
+    episodes: UInt[Array, ""]  # finished so far
+    env_steps: UInt[Array, ""]  # control steps executed so far
 
 
 def init(system: System, base_params: Params) -> TrainState:
@@ -34,7 +34,7 @@ def init(system: System, base_params: Params) -> TrainState:
         partial(rollout, system, num_decisions=config.rollout.decisions), base_params, agent, carry, key
     )
     window = buffer.init(shapes, config.rollout.window)
-    zero = jnp.zeros((), jnp.int32)
+    zero = jnp.zeros((), jnp.uint32)
     return TrainState(agent, carry, window, key, zero, zero, zero)
 
 
@@ -90,8 +90,8 @@ def train_iteration(system: System, base_params: Params, state: TrainState) -> t
         window,
         key,
         state.iteration + 1,
-        state.episodes + episode.pop("episodes_ended"),
-        state.env_steps + jnp.sum(episodes.executed),
+        state.episodes + episode.pop("episodes_ended").astype(jnp.uint32),
+        state.env_steps + jnp.sum(episodes.executed).astype(jnp.uint32),
     )
     totals = {"iteration": state.iteration, "episodes": state.episodes, "env_steps": state.env_steps}
     return state, totals | episode | update_metrics

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,13 +29,12 @@ def _chunks(
 
 
 def episode_qpos(
-    evaluator: Evaluator, agent: PyTree, algorithm: Any, episode: int, length: int
+    evaluator: Evaluator, system: System, agent: PyTree, episode: int, length: int
 ) -> Float[np.ndarray, "T 23"]:
     """Joint positions after each control step of one evaluated episode, replayed open-loop on MuJoCo's C engine."""
     from fpo_jax.envs.aloha_mujoco import simulate
 
     env_keys, key, column = evaluator.keys_of(episode)
-    system = evaluator.system_for(algorithm)
     first, chunks = jax.jit(partial(_chunks, system))(evaluator.base_params, agent, env_keys, key)
     actions = np.asarray(chunks)[:, column, : system.env.spec.execute_steps]
     object_pose = first.observation.object_pose
@@ -50,9 +48,7 @@ def most_telling_episode(base: Outcomes, tuned: Outcomes) -> int:
     return int(np.argmax(tuned.success & ~base.success & ~base.invalid))
 
 
-def record_comparison(
-    evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agents: tuple[PyTree, PyTree], algorithms: tuple, path: Path
-) -> Path:
+def record_comparison(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, tuned_agent: PyTree, path: Path) -> Path:
     """Render the most telling episode of both policies next to each other; returns `path`.
 
     Raises FpoError where the environment has no renderer, no OpenGL library is found or imageio is missing.
@@ -63,7 +59,11 @@ def record_comparison(
 
     episode = most_telling_episode(base, tuned)
     frames = []
-    for agent, algorithm, outcome in zip(agents, algorithms, (base, tuned), strict=True):
-        qpos = episode_qpos(evaluator, agent, algorithm, episode, int(outcome.control_steps[episode]))
+    players = (
+        (evaluator.base_system, evaluator.base_agent, base),
+        (evaluator.system, tuned_agent, tuned),
+    )
+    for system, agent, outcome in players:
+        qpos = episode_qpos(evaluator, system, agent, episode, int(outcome.control_steps[episode]))
         frames.append(render_episode(qpos[::2], camera="angle"))  # 25 frames per second are enough, and half the time
     return analysis.side_by_side_video(frames[0], frames[1], path, fps=25.0)

@@ -1,7 +1,7 @@
 """Flow Policy Optimization: PPO whose ratio is the change of each sample's flow-matching loss (paper Eqs. 2-4)."""
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,19 @@ def init_critic(config: CriticConfig, dims: Dims, key: Key[Array, ""]) -> tuple[
     return params, adam(config.learning_rate, config.max_grad_norm).init(params)
 
 
+def critic_step(config: CriticConfig, agent: Any, batch: Transition, target: Float[Array, " B"]) -> tuple[Any, Metrics]:
+    """One Adam step of all critics towards `target` (Eq. 6), then Polyak averaging; for any agent with critics."""
+
+    def loss_fn(params):
+        return critic.critic_loss(ensemble_q(config, params, batch.state, batch.latent), target, batch.valid)
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(agent.critic)
+    updates, critic_opt = adam(config.learning_rate, config.max_grad_norm).update(grads, agent.critic_opt, agent.critic)
+    params = optax.apply_updates(agent.critic, updates)
+    target_params = critic.polyak(agent.target_critic, params, config.polyak)
+    return agent._replace(critic=params, target_critic=target_params, critic_opt=critic_opt), metrics
+
+
 def init(config: TrainConfig, dims: Dims, key: Key[Array, ""]) -> AgentState:
     """A fresh agent; with `actor.preserve_prior` its latents are exactly N(0, I)."""
     actor_key, critic_key = jax.random.split(key)
@@ -71,7 +84,7 @@ def init(config: TrainConfig, dims: Dims, key: Key[Array, ""]) -> AgentState:
 
 def latent_dim(agent: AgentState) -> int:
     """D, read off the velocity network's last bias."""
-    return agent.actor["params"]["Dense_0"]["bias"].shape[-1]
+    return agent.actor["params"]["velocity"]["bias"].shape[-1]
 
 
 def sample_latent(
@@ -210,15 +223,7 @@ def update_critic(
     next_q = ensemble_q(config.critic, agent.target_critic, batch.next_state, next_latent)
     target = critic.td_target(batch.reward, batch.discount, next_q)
 
-    def loss_fn(params):
-        return critic.critic_loss(ensemble_q(config.critic, params, batch.state, batch.latent), target, batch.valid)
-
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(agent.critic)
-    optimizer = adam(config.critic.learning_rate, config.critic.max_grad_norm)
-    updates, critic_opt = optimizer.update(grads, agent.critic_opt, agent.critic)
-    params = optax.apply_updates(agent.critic, updates)
-    target_params = critic.polyak(agent.target_critic, params, config.critic.polyak)
-    return agent._replace(critic=params, target_critic=target_params, critic_opt=critic_opt), metrics
+    return critic_step(config.critic, agent, batch, target)
 
 
 def actor_loss(config: TrainConfig, params: Params, batch: Sample) -> tuple[Float[Array, ""], Metrics]:

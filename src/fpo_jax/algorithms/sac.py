@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from fpo_jax import buffer, critic, flow
-from fpo_jax.algorithms.fpo import adam, ensemble_q, init_critic
+from fpo_jax.algorithms.fpo import adam, critic_step, ensemble_q, init_critic
 from fpo_jax.config import SacConfig, TrainConfig
 from fpo_jax.critic import masked_mean
 from fpo_jax.networks import GaussianActor, apply
@@ -32,7 +32,7 @@ class AgentState(NamedTuple):
 
 
 def _latent_dim(actor: Params) -> int:
-    return actor["params"]["Dense_0"]["bias"].shape[-1]
+    return actor["params"]["mean"]["bias"].shape[-1]
 
 
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -110,19 +110,13 @@ def update(
     next_value = _reduce(sac, q_fn(agent.target_critic, batch.next_state, next_latent))
     target = batch.reward + batch.discount * next_value
 
-    def critic_loss_fn(params):
-        return critic.critic_loss(q_fn(params, batch.state, batch.latent), target, batch.valid)
-
-    grads, metrics = jax.grad(critic_loss_fn, has_aux=True)(agent.critic)
-    critic_optimizer = adam(config.critic.learning_rate, config.critic.max_grad_norm)
-    updates, critic_opt = critic_optimizer.update(grads, agent.critic_opt, agent.critic)
-    critic_params = optax.apply_updates(agent.critic, updates)
+    agent, metrics = critic_step(config.critic, agent, batch, target)
 
     temperature = jnp.exp(agent.log_temperature)
 
     def actor_loss_fn(params):
         latent, log_prob = sample_latent(sac, params, batch.state, jax.random.split(actor_key, size))
-        loss = temperature * log_prob - _reduce(sac, q_fn(critic_params, batch.state, latent))
+        loss = temperature * log_prob - _reduce(sac, q_fn(agent.critic, batch.state, latent))
         return masked_mean(loss, batch.valid), masked_mean(-log_prob, batch.valid)
 
     (actor_loss, entropy), grads = jax.value_and_grad(actor_loss_fn, has_aux=True)(agent.actor)
@@ -134,13 +128,8 @@ def update(
     grad = temperature * (entropy - sac.target_entropy)
     step, temperature_opt = optimizer.update(grad, agent.temperature_opt)
     metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": temperature}
-    agent = AgentState(
-        actor,
-        actor_opt,
-        critic_params,
-        critic.polyak(agent.target_critic, critic_params, config.critic.polyak),
-        critic_opt,
-        optax.apply_updates(agent.log_temperature, step),  # pyright: ignore[reportArgumentType]
-        temperature_opt,
+    log_temperature = optax.apply_updates(agent.log_temperature, step)
+    agent = agent._replace(
+        actor=actor, actor_opt=actor_opt, log_temperature=log_temperature, temperature_opt=temperature_opt
     )
     return agent, metrics

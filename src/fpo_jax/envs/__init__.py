@@ -20,11 +20,7 @@ def make_env(
 
     physics="auto": MuJoCo's C engine on CPU, MJX-Warp on NVIDIA GPUs where it is installed, else MJX.
     """
-    if name not in ENVS:
-        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}.")
-    physics = _default_physics(ENVS[name]) if physics == "auto" else physics
-    if physics not in ENVS[name]:
-        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}.")
+    physics = resolve_physics(name, physics)
     lengths = {"episode_length": episode_length, "execute_steps": execute_steps}
     lengths = {key: value for key, value in lengths.items() if value is not None}
     for key, value in lengths.items():
@@ -41,6 +37,16 @@ def make_env(
     from fpo_jax.envs.aloha_mjx import AlohaMjx
 
     return AlohaMjx(impl="warp" if physics == "warp" else "jax", **lengths)
+
+
+def resolve_physics(name: str, physics: str = "auto") -> str:
+    """The backend that `physics` means for this environment on this machine. Raises FpoError for unknown names."""
+    if name not in ENVS:
+        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}.")
+    physics = _default_physics(ENVS[name]) if physics == "auto" else physics
+    if physics not in ENVS[name]:
+        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}.")
+    return physics
 
 
 def _default_physics(backends: tuple[str, ...]) -> str:

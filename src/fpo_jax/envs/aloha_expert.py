@@ -9,7 +9,6 @@ Displacing the grasp (`grasp_offset`) makes the right arm close beside the cube 
 it is: the raw material of a steerable base policy, one that contains the right behaviour but does not choose it.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from fpo_jax.demos import Demonstrations
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_mujoco import load_model, simulate
+from fpo_jax.envs.common import num_cpus
 
 # Geometry of the ViperX 300 [m], from gym_aloha/assets/vx300s_*.xml.
 BASE_X = 0.469  # the bases stand at x = ∓BASE_X, y = BASE_Y and face each other
@@ -75,7 +75,7 @@ class Mixture:
     same noise on both sides of the table: what is right depends on the state.
     """
 
-    displaced_fraction: float = 0.5  # of all episodes
+    displaced_fraction: float = 0.53  # of all episodes
     displacement: float = 0.05  # [m] the fingers miss the 4 cm cube from 3 cm on
     jitter: float = 0.004  # [m] standard deviation of every grasp in x and y
 
@@ -182,7 +182,7 @@ def record_mixture(
         return proprio, object_pose, actions, bool((reward == aloha.SUCCESS_REWARD).any())
 
     episodes = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or num_cpus()) as pool:
         for result in pool.map(episode, range(num_episodes)):
             episodes.append(result)
             on_progress(len(episodes))

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Key
 from mujoco import mjx
 
 from fpo_jax.envs import aloha
-from fpo_jax.envs.common import split_each, where_env
+from fpo_jax.envs.common import where_env
+from fpo_jax.flow import split_keys
 from fpo_jax.types import EnvState, FpoError
 
 # Convex hull of a left finger in the frame of its body [m], without the part behind the pad, which the cube never
@@ -105,7 +106,7 @@ class AlohaMjx:
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New episodes, each with the cube where its own key puts it."""
-        keys, draws = split_each(keys)
+        keys, draws = split_keys(keys)
         return self.reset_to(jax.vmap(aloha.sample_cube_position)(draws), keys)
 
     def reset_to(self, cube_position: Float[Array, "N 3"], keys: Key[Array, " N"]) -> EnvState:

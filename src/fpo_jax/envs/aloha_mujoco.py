@@ -6,7 +6,6 @@ state travels through it as pairs of uint32.
 """
 
 import functools
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from fpo_jax.envs import aloha
-from fpo_jax.envs.common import split_each
+from fpo_jax.envs.common import num_cpus
+from fpo_jax.flow import split_keys
 from fpo_jax.types import EnvState
 
 # Everything the next step depends on. (mjSTATE_INTEGRATION adds the control, which every step sets anew, and external
@@ -160,11 +160,11 @@ class AlohaMujoco:
     def __init__(self, episode_length: int = 300, execute_steps: int = 50, num_threads: int | None = None):
         self.spec = aloha.spec(episode_length, execute_steps)
         load_model()  # before the threads start: they share it
-        self._pool = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "aloha")
+        self._pool = ThreadPoolExecutor(num_threads or num_cpus(), "aloha")
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New episodes, each with the cube where its own key puts it."""
-        keys, draws = split_each(keys)
+        keys, draws = split_keys(keys)
         return self.reset_to(jax.vmap(aloha.sample_cube_position)(draws), keys)
 
     def reset_to(self, cube_position: Float[Array, "N 3"], keys: Key[Array, " N"]) -> EnvState:
@@ -178,7 +178,7 @@ class AlohaMujoco:
 
     def step(self, state: EnvState, chunk: Float[Array, "N h 14"]) -> EnvState:
         """Execute the first actions of each chunk; environments that are done start a new episode instead."""
-        next_keys, draws = split_each(state.key)
+        next_keys, draws = split_keys(state.key)
         cube_position = jax.vmap(aloha.sample_cube_position)(draws)
         keys = jnp.where(state.done, next_keys, state.key)
         chunk = chunk[:, : self.spec.execute_steps]

@@ -54,7 +54,7 @@ def render_episode(
             if child.returncode == 0:
                 return np.load(Path(folder) / "frames.npy")
             if child.returncode > 0 and child.returncode != _NO_OPENGL:
-                raise RuntimeError(f"rendering failed: {child.stderr.strip()}")
+                raise FpoError(f"Rendering failed: {child.stderr.strip().splitlines()[-1]}")
             # Otherwise: no such library, or it crashed (negative status). Try the next one.
     raise FpoError(
         "No OpenGL library for rendering: run `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri` (or libosmesa6)."

@@ -1,17 +1,15 @@
-"""What every environment needs for per-environment keys and next-step autoreset."""
+"""What several environments need."""
+
+import os
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Key, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 
-def split_each(keys: Key[Array, " N"]) -> tuple[Key[Array, " N"], Key[Array, " N"]]:
-    """(the key to keep, the key to draw an initial state from) of each environment.
-
-    Each environment owns its chain of keys, so its episodes do not depend on the batch around it.
-    """
-    pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
+def num_cpus() -> int:
+    """Cores this process may use (all of them where the system cannot tell)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def where_env(mask: Bool[Array, " N"], on_true: PyTree, on_false: PyTree) -> PyTree:

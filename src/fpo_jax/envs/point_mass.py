@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fpo_jax.envs.common import split_each, where_env
+from fpo_jax.envs.common import where_env
+from fpo_jax.flow import split_keys
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
 GOALS = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))  # [m], one is drawn for each episode
@@ -42,7 +43,7 @@ class PointMass:
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New episodes: the point at the origin, the goal drawn by each environment's key."""
-        keys, draws = split_each(keys)
+        keys, draws = split_keys(keys)
         goal = jax.vmap(lambda key: jax.random.choice(key, jnp.array(GOALS)))(draws)
         nothing = jnp.zeros(len(keys), bool)
         physics = PointMassPhysics(jnp.zeros_like(goal), goal)

@@ -1,0 +1,139 @@
+"""Train and evaluate several presets and seeds under the same budget, and put them in one table (paper, Table II).
+
+    python experiments/ablations.py --seeds 0 1 2
+    python experiments/ablations.py --presets paper no_clip single_step single_critic no_ratio
+
+Every run is a process of its own; finished ones are not repeated and interrupted ones go on where they stopped.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fpo_jax import checkpoint
+from fpo_jax.config import preset
+from fpo_jax.types import FpoError
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "aloha_transfer_cube"
+    """Environment."""
+    presets: tuple[str, ...] = ("default",)
+    """Presets of fpo_jax.config to compare."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    iterations: int | None = None
+    """Budget of each run; by default the preset's."""
+    episodes: int = 512
+    """Paired evaluation episodes of each run."""
+    constant: Path | None = None
+    """A steerability.json, to compare with its best constant latent too."""
+    out: Path = Path("runs/ablations")
+    """Directory of the runs and of the table."""
+
+
+def train(args: Args, name: str, seed: int, run_dir: Path) -> None:
+    """Train one run to its last iteration, or until it stops itself with a reason."""
+    iterations = args.iterations or preset(name).iterations
+    if (run_dir / "stopped.json").exists() or checkpoint.latest_step(run_dir) == iterations:
+        return
+    command = [sys.executable, str(HERE / "train.py"), "--run-dir", str(run_dir), "--iterations", str(iterations)]
+    if (run_dir / "config.json").exists():
+        command += ["--resume"]
+    else:
+        command += ["--env", args.env, "--preset", name, "--seed", str(seed), "--evaluation.episodes", "0"]
+    code = subprocess.run(command, check=False).returncode
+    if code and not (run_dir / "stopped.json").exists():
+        raise FpoError(f"Training {run_dir} failed with exit status {code}; its message is above.")
+
+
+def evaluate(args: Args, run_dir: Path) -> dict:
+    """The paired evaluation of a run's last checkpoint; an earlier one with the same settings is reused."""
+    target = run_dir / "paired_evaluation.json"
+    if target.exists():
+        result = json.loads(target.read_text())
+        same_floors = ("constant_latent" in result["floors"]) == bool(args.constant)
+        newest = result["run"]["iteration"] == checkpoint.latest_step(run_dir)
+        if newest and same_floors and result["tuned"]["episodes"] == args.episodes:
+            return result
+    command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir)]
+    command += ["--episodes", str(args.episodes), "--json", str(target)]
+    command += ["--constant", str(args.constant)] if args.constant else []
+    if subprocess.run(command, check=False).returncode:
+        raise FpoError(f"Evaluating {run_dir} failed; its message is above.")
+    return json.loads(target.read_text())
+
+
+def row(name: str, seed: int, run_dir: Path, result: dict) -> dict:
+    """One line of the table."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    tuned, base, difference = result["tuned"], result["base"], result["difference"]
+    stopped = run_dir / "stopped.json"
+    reached = [r["episodes"] for r in records if _recent(records, r["iteration"]) >= 0.8]
+    return {
+        "preset": name,
+        "seed": seed,
+        "episodes": records[-1]["episodes"],
+        "minutes": sum(r["iteration_seconds"] for r in records) / 60,
+        "base": base["success_rate"],
+        "tuned": [tuned["success_rate"], tuned["low"], tuned["high"]],
+        "difference": [difference["success_rate"], difference["low"], difference["high"]],
+        "above_constant": result.get("floors", {}).get("constant_latent", {}).get("tuned_above"),
+        "episodes_to_80": reached[0] if reached else None,
+        "stopped": json.loads(stopped.read_text())["reason"] if stopped.exists() else None,
+    }
+
+
+def _recent(records: list[dict], iteration: int, window: int = 5) -> float:
+    """Mean success rate of the `window` iterations up to `iteration`; 0 where there are fewer."""
+    part = [r for r in records if iteration - window < r["iteration"] <= iteration and r["success_rate"] is not None]
+    return float(np.mean([r["success_rate"] for r in part])) if len(part) == window else 0.0
+
+
+def show(rows: list[dict], episodes: int) -> Table:
+    table = Table(title=f"tuned against base, {episodes} paired episodes each, 95 % intervals")
+    for column in ("preset", "seed", "episodes", "minutes", "base", "tuned", "tuned - base", "episodes to 80 %"):
+        table.add_column(column)
+    for r in rows:
+        tuned, difference = r["tuned"], r["difference"]
+        table.add_row(
+            r["preset"] + (" (stopped itself)" if r["stopped"] else ""),
+            str(r["seed"]),
+            str(r["episodes"]),
+            f"{r['minutes']:.1f}",
+            f"{r['base']:.3f}",
+            f"{tuned[0]:.3f} [{tuned[1]:.3f}, {tuned[2]:.3f}]",
+            f"{difference[0]:+.3f} [{difference[1]:+.3f}, {difference[2]:+.3f}]",
+            str(r["episodes_to_80"] or "-"),
+        )
+    return table
+
+
+def main(args: Args) -> int:
+    rows = []
+    try:
+        for name in args.presets:
+            for seed in args.seeds:
+                run_dir = args.out / f"{name}-s{seed}"
+                train(args, name, seed, run_dir)
+                rows.append(row(name, seed, run_dir, evaluate(args, run_dir)))
+                (args.out / "table.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    except FpoError as error:
+        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    Console().print(show(rows, args.episodes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
