@@ -66,15 +66,29 @@ def test_offset_moves_the_grasp_only():
 
 
 def test_mixture_draws_by_the_rule():
-    mixture = Mixture(displaced_fraction=0.5, displacement=0.05, jitter=0.001)
+    mixture = Mixture(displaced_fraction=0.5, displacement=0.14, jitter=0.001)
     rng = np.random.default_rng(0)
     for y, sign in ((0.45, -1), (0.55, 1)):
         offsets = np.stack([mixture.grasp_offset(np.array([0.1, y, 0.05]), rng) for _ in range(400)])
         displaced = np.abs(offsets[:, 1]) > 0.025
         assert abs(displaced.mean() - 0.5) < 0.1  # four standard errors
-        np.testing.assert_allclose(offsets[displaced, 1], sign * 0.05, atol=0.006)
+        # (-.369, ±.05) turned by ∓.14 rad: x -.369 cos + .05 sin = -.35841, y ±(.369 sin + .05 cos) = ±.10100
+        np.testing.assert_allclose(offsets[displaced, 0], 0.01059, atol=0.006)
+        np.testing.assert_allclose(offsets[displaced, 1], sign * 0.05100, atol=0.006)
         np.testing.assert_allclose(offsets[~displaced, 1], 0, atol=0.006)
         np.testing.assert_array_equal(offsets[:, 2], 0)
+
+
+@pytest.mark.parametrize("y", [0.42, 0.58])
+def test_a_displaced_grasp_moves_the_waist_alone(y):
+    """On both sides by the same motion with opposite signs, so that no constant latent can undo both."""
+    mixture = Mixture(displaced_fraction=1.0, displacement=0.14, jitter=0.0)
+    cube = np.array([0.1, y, 0.05])
+    plain, displaced = plan(cube), plan(cube, mixture.grasp_offset(cube, np.random.default_rng(0)))
+    difference = displaced - plain
+    np.testing.assert_allclose(np.delete(difference, 7, axis=1), 0, atol=1e-9)
+    np.testing.assert_allclose(np.abs(difference[50:150, 7]), 0.14, atol=1e-9)
+    assert np.sign(difference[100, 7]) == -np.sign(y - 0.5)
 
 
 def test_recording_does_not_depend_on_threads():
