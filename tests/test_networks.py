@@ -48,7 +48,7 @@ def test_gaussian_actor_starts_standard_and_bounds_its_spread():
     mean, log_std = net.apply(params, STATE)
     np.testing.assert_array_equal(mean, np.zeros((3, 4)))
     np.testing.assert_array_equal(log_std, np.zeros((3, 4)))
-    params["params"]["Dense_1"]["bias"] = jnp.array([-50.0, -1.0, 1.0, 50.0])
+    params["params"]["log_std"]["bias"] = jnp.array([-50.0, -1.0, 1.0, 50.0])
     np.testing.assert_array_equal(net.apply(params, STATE)[1][0], [-10.0, -1.0, 1.0, 2.0])
 
 

@@ -129,6 +129,12 @@ def base_chunk(system, env_state, step_keys):
     return latent, noise, system.base.decode({}, env_state.observation.proprio, noise)
 
 
+def optimised(function):
+    """`jit` as users have it: the tests' own flags (conftest.py) leave the optimisations out."""
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    return jax.jit(function, static_argnums=0, compiler_options=options)
+
+
 def test_step_0_is_the_base():
     """The initial actor's latents are its noise, bit by bit, and the chunks those of the frozen base.
 
@@ -136,10 +142,10 @@ def test_step_0_is_the_base():
     """
     system, step_keys = make_system(), keys(64)
     agent, env_state = init_fpo(TINY, system.dims, jax.random.key(0)), begin(system, keys(64, seed=1)).env
-    latent, noise, expected = jax.jit(base_chunk, static_argnums=0)(system, env_state, step_keys)
+    latent, noise, expected = optimised(base_chunk)(system, env_state, step_keys)
     for options in ({}, {"integrator": "euler", "sampler_steps": 1}):
         variant = replace(system, config=replace(TINY, actor=replace(TINY.actor, **options)))
-        chunk, sample, _ = jax.jit(select_action, static_argnums=0)(variant, {}, agent, env_state, step_keys)
+        chunk, sample, _ = optimised(select_action)(variant, {}, agent, env_state, step_keys)
         np.testing.assert_array_equal(sample.latent, latent)
         np.testing.assert_array_equal(chunk, expected)
     # the noise that the base sees is N(0, I): 64 · 8 numbers

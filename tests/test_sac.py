@@ -60,8 +60,8 @@ update = jit(sac.update, static_argnums=0)
 
 def with_spread(agent, log_std: float):
     """The same agent with another (state-independent) log standard deviation."""
-    head = agent.actor["params"]["Dense_1"]
-    params = agent.actor["params"] | {"Dense_1": head | {"bias": jnp.full_like(head["bias"], log_std)}}
+    head = agent.actor["params"]["log_std"]
+    params = agent.actor["params"] | {"log_std": head | {"bias": jnp.full_like(head["bias"], log_std)}}
     return agent._replace(actor={"params": params})
 
 
@@ -106,10 +106,10 @@ def test_a_bandit_is_learned():
 
     @jit
     def train(agent):
-        return jax.lax.scan(lambda a, key: sac.update(config, a, bandit, key), agent, keys(200))
+        return jax.lax.scan(lambda a, key: sac.update(config, a, bandit, key), agent, keys(400))
 
     agent, metrics = train(jit(sac.init, static_argnums=(0, 1))(config, DIMS, jax.random.key(0)))
-    np.testing.assert_allclose(metrics["td_target_mean"], jnp.full(200, reward.mean()), rtol=1e-5)
+    np.testing.assert_allclose(metrics["td_target_mean"], jnp.full(400, reward.mean()), rtol=1e-5)
     assert metrics["critic_loss"][-1] < 0.2 * metrics["critic_loss"][0]
     played = sac.act(config, agent, state, keys(128)).latent
     assert np.mean((played - 0.5) ** 2) < 0.3  # 2 tanh(ε) begins at 1.8
