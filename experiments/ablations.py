@@ -103,7 +103,7 @@ def _recent(records: list[dict], iteration: int, window: int = 5) -> float:
 def show(rows: list[dict], episodes: int) -> Table:
     table = Table(title=f"tuned against base, {episodes} paired episodes each, 95 % intervals")
     for column in ("preset", "seed", "episodes", "minutes", "base", "tuned", "tuned - base", "episodes to 80 %"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for r in rows:
         tuned, difference = r["tuned"], r["difference"]
         table.add_row(

@@ -23,6 +23,7 @@ SIBLINGS = {0, 1, 4}  # environments, policies and algorithms never import each 
 LEAVES = {
     "checkpoint": {"types", "config"},
     "analysis": {"types", "config", "latent", "metrics"},
+    "provenance": {"types"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
 LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "serve"}

@@ -3,14 +3,10 @@
 Everything that learns is in `train.py`; this file only calls it, once per iteration.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
 import signal
-import subprocess
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +27,7 @@ from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.policies import load_base
 from fpo_jax.policies.small import check_action_space
+from fpo_jax.provenance import provenance, tree_crc32
 from fpo_jax.rollout import System
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Params
@@ -71,14 +68,6 @@ def load_run(run_dir: Path, shelf: checkpoint.Shelf = "checkpoints") -> tuple[Tr
     return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
 
 
-def tree_crc32(tree: Params) -> int:
-    """CRC-32 over the bytes of all leaves, to tell whether two trees hold the same numbers."""
-    crc = 0
-    for leaf in jax.tree.leaves(tree):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    return crc
-
-
 def _check_base(run_dir: Path, base_params: Params) -> None:
     try:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
@@ -112,33 +101,6 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
             f"--resume continues a run as it was; changed here: {'; '.join(changed)}. "
             "Drop these options, or start a new run in another --run-dir."
         )
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, git revision and machine, for the record."""
-    names = ("fpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "git_revision": git_revision(),
-        "devices": [str(device) for device in jax.devices()],
-    }
-
-
-def git_revision() -> str | None:
-    """The commit of the source tree this package runs from ("-dirty" where it was changed); None outside of one."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        inside = Path(git("rev-parse", "--show-toplevel")) == package.parents[1]
-        return git("describe", "--always", "--dirty", "--abbrev=12") if inside else None
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class StopSignal:

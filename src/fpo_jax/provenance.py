@@ -1,0 +1,48 @@
+"""What a result was made with: versions, source revision, devices, and the numbers of the frozen base."""
+
+import importlib.metadata
+import platform
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fpo_jax.types import Params
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and machine, for the record."""
+    names = ("fpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "git_revision": git_revision(),
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree this package runs from ("-dirty" where it was changed); None outside of one."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        inside = Path(git("rev-parse", "--show-toplevel")) == package.parents[1]
+        return git("describe", "--always", "--dirty", "--abbrev=12") if inside else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tree_crc32(tree: Params) -> int:
+    """CRC-32 over the bytes of all leaves, to tell whether two trees hold the same numbers."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
