@@ -17,7 +17,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Key
 
 from fpo_jax.clone import CloneConfig, clone
-from fpo_jax.demos import Demonstrations, load
+from fpo_jax.demos import Demonstrations, load, save
 from fpo_jax.envs.aloha_expert import Mixture, record_mixture
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
 from fpo_jax.metrics import wilson_interval
@@ -31,6 +31,7 @@ class Args:
     demos: Path | None = None  # demonstration file (.npz); a mixture is recorded where none is given
     record_episodes: int = 2000  # length of that recording
     mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps it holds
+    save_demos: Path | None = None  # file to keep the recorded demonstrations in, for --demos
     seed: int = 0  # of the recording, the training and the evaluation
     eval_episodes: int = 1000
     eval_envs: int = 250  # simulated side by side
@@ -103,6 +104,8 @@ def main(args: Args) -> None:
             demos = record_mixture(
                 args.mixture, args.record_episodes, args.seed, on_progress=lambda n: progress.update(bar, completed=n)
             )
+            if args.save_demos:
+                save(args.save_demos, demos)
         else:
             demos = load(args.demos)
         bar = progress.add_task("cloning", total=args.clone.steps, note="")

@@ -257,8 +257,8 @@ def actor_loss(config: TrainConfig, params: Params, batch: Sample) -> tuple[Floa
         "anchor": anchor,
         "cfm_loss": masked_mean(jnp.mean(new, axis=-1), batch.valid),
         "ratio_mean": weight,
-        "clip_fraction": masked_mean(outside, batch.valid),
-        "effective_sample_size": weight**2 / jnp.maximum(weight_sq, 1e-12),
+        "clip_fraction": masked_mean(outside, batch.valid),  # share with |ρ - 1| > ε, whatever the sign of Â
+        "effective_sample_size": weight**2 / jnp.maximum(weight_sq, 1e-12),  # (Σρ)² / (n Σρ²), a share of n
         "delta_std": masked_std(jnp.mean(delta, axis=-1), batch.valid, 0.0),
     }
     return loss, metrics
