@@ -236,7 +236,7 @@ PRESETS: dict[str, TrainConfig] = {
 def preset(name: str) -> TrainConfig:
     """The settings of that name; raises FpoError for an unknown one."""
     if name not in PRESETS:
-        raise FpoError(f"There is no preset {name!r}{suggestion(name, PRESETS)}.")
+        raise FpoError(f"There is no preset {name!r}{suggestion(name, PRESETS)}")
     return PRESETS[name]
 
 

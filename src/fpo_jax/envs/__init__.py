@@ -42,10 +42,10 @@ def make_env(
 def resolve_physics(name: str, physics: str = "auto") -> str:
     """The backend that `physics` means for this environment on this machine. Raises FpoError for unknown names."""
     if name not in ENVS:
-        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}.")
+        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}")
     physics = _default_physics(ENVS[name]) if physics == "auto" else physics
     if physics not in ENVS[name]:
-        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}.")
+        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}")
     return physics
 
 
