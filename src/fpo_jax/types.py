@@ -24,7 +24,7 @@ class FpoError(Exception):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: "; did you mean 'x'?" or "; choose one of x, y.""""
+    """The end of an error sentence: `; did you mean 'x'?` or `; choose one of x, y.`"""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; choose one of {', '.join(known)}."
