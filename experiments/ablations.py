@@ -1,6 +1,7 @@
 """Train and evaluate several presets and seeds under the same budget, and put them in one table (paper, Table II).
 
     python experiments/ablations.py --seeds 0 1 2
+
     python experiments/ablations.py --presets paper no_clip single_step single_critic no_ratio
 
 Every run is a process of its own; finished ones are not repeated and interrupted ones go on where they stopped.

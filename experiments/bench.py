@@ -1,7 +1,9 @@
 """How fast: physics backends against the raw C loop and gym-aloha, and where the time of a training iteration goes.
 
 python experiments/bench.py
+
 python experiments/bench.py --pixels --mjx --batch-sizes 8 32
+
 python experiments/bench.py --mjx --warp --batch-sizes 256 1024 4096 8192 --train.num-envs 1024   # on a GPU
 
 Everything that is compared is measured in one run, in turns (A B C A B C ...), and the figures are medians. "Per CPU

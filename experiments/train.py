@@ -1,7 +1,9 @@
 """Improve a frozen flow policy by Flow Policy Optimization.
 
 python experiments/train.py --env aloha_transfer_cube
+
 python experiments/train.py --preset paper --seed 1
+
 python experiments/train.py --resume --run-dir runs/aloha_transfer_cube-default-s0
 """
 
