@@ -169,6 +169,14 @@ def test_progress_without_a_terminal_prints_first_and_last(monkeypatch):
     ]
 
 
+def test_progress_names_broken_simulations():
+    out = io.StringIO()
+    progress = metrics.ProgressLine(5, console=Console(file=out, width=80))
+    progress.update(record(1) | {"invalid_episodes": 2})
+    progress.close()
+    assert out.getvalue().splitlines()[0].endswith("clipped 10.0%  invalid 2")
+
+
 def test_progress_on_a_terminal(monkeypatch):
     clock = iter([0.0, 100.0, 200.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))

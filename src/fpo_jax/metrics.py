@@ -283,6 +283,8 @@ class ProgressLine:
         for name, template in formats.items():
             if (value := record.get(name)) is not None:
                 yield template.format(value)
+        if broken := record.get("invalid_episodes"):
+            yield f"invalid {broken:.0f}"
         (t0, i0, s0), (t1, i1, s1) = self._marks[0], self._marks[-1]
         if i1 > i0 and t1 > t0:
             if s1 > s0:
