@@ -7,8 +7,8 @@ python experiments/bench.py --pixels --mjx --batch-sizes 8 32
 python experiments/bench.py --mjx --warp --batch-sizes 256 1024 4096 8192 --train.num-envs 1024   # on a GPU
 
 Everything that is compared is measured in one run, in turns (A B C A B C ...), and the figures are medians. "Per CPU
-second" divides by the CPU time of the whole process, so it holds on a machine that is busy with other things; wall time
-does not. Every measurement becomes a line of benchmarks/<machine>.jsonl.
+second" divides by the CPU time of the whole process and of those that render for it, so it holds on a machine that is
+busy with other things; wall time does not. Every measurement becomes a line of benchmarks/<machine>.jsonl.
 """
 
 import json
@@ -32,8 +32,10 @@ import numpy as np
 import tyro
 from bench_contenders import (
     GYM,
+    GYM_PIXELS,
     GYM_STATE,
     OURS,
+    OURS_PIXELS,
     PEERS,
     RAW,
     Contender,
@@ -41,6 +43,7 @@ from bench_contenders import (
     gym_vector,
     gym_with_pixels,
     jax_env,
+    pixel_env,
     raw_loop,
     workload,
 )
@@ -60,7 +63,11 @@ from fpo_jax.types import FpoError, Params
 
 Record = dict[str, Any]
 
-TARGETS = {RAW: 0.75, GYM: 1.5}  # least env-steps per CPU second of the C backend, as a multiple of theirs
+TARGETS = {  # least env-steps per CPU second of ours, as a multiple of theirs
+    (OURS, RAW): 0.75,
+    (OURS, GYM): 1.5,
+    (OURS_PIXELS["official"], GYM_PIXELS): 50.0,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,9 @@ class Args:
     max_steps: int = 200
     """Control steps per environment and round, at most; fewer where an episode succeeds before (see `workload`)."""
     pixels: bool = False
-    """Also gym-aloha as shipped; needs OpenGL, and takes minutes."""
+    """Also gym-aloha as shipped, and the C backend with pictures; needs OpenGL, and takes minutes."""
+    pixel_envs: int = 16
+    """Environments of the C backend with pictures."""
     mjx: bool = False
     """Also MJX, impl jax; compiles for a minute or more."""
     warp: bool = False
@@ -100,15 +109,18 @@ class Args:
 
 def contenders(args: Args, work: Workload) -> list[Contender]:
     """All that the options ask for."""
-    shipped = [gym_with_pixels(work)] if args.pixels else []  # first: it decides what gym-aloha renders with
     threads = args.threads or num_cpus()
+    pixels = []
+    if args.pixels:
+        pixels = [gym_with_pixels(work)]  # first: it decides what gym-aloha renders with
+        pixels += [pixel_env(quality, work, args.pixel_envs, threads) for quality in ("official", "fast")]
     ours = AlohaMujoco(execute_steps=work.chunk, num_threads=threads)
     found = [
         raw_loop(work, args.num_envs, threads),
         jax_env(OURS, ours, work, args.num_envs, threads),
         gym_vector(GYM, work, args.gym_envs),
         gym_vector(GYM_STATE, work, args.gym_envs),
-        *shipped,
+        *pixels,
     ]
     for physics in [name for name, wanted in (("mjx", args.mjx), ("warp", args.warp)) if wanted]:
         env = make_env("aloha_transfer_cube", physics, execute_steps=work.chunk)
@@ -116,11 +128,11 @@ def contenders(args: Args, work: Workload) -> list[Contender]:
     return found
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+def timed(call: Callable[[], Any], cpu_seconds: Callable[[], float] = time.process_time) -> tuple[Any, float, float]:
     """(result, CPU seconds of the whole process, wall seconds)."""
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = cpu_seconds(), time.perf_counter()
     result = call()
-    return result, time.process_time() - cpu, time.perf_counter() - wall
+    return result, cpu_seconds() - cpu, time.perf_counter() - wall
 
 
 def throughput(args: Args, console: Console) -> list[Record]:
@@ -137,7 +149,7 @@ def throughput(args: Args, console: Console) -> list[Record]:
     for number in range(args.repeats):
         console.print(f"Backends: round {number + 1} of {args.repeats}")
         for contender in entrants:
-            steps, cpu, wall = timed(contender.play)
+            steps, cpu, wall = timed(contender.play, contender.cpu_seconds)
             rounds.setdefault(contender, []).append((steps / cpu, steps / wall))
     records = []
     for contender in entrants:
@@ -157,18 +169,23 @@ def throughput(args: Args, console: Console) -> list[Record]:
 
 
 def ratios(rounds: dict[Contender, list[tuple[float, float]]]) -> list[Record]:
-    """The C backend against its peers per CPU second; MJX and Warp against the C backend per wall second.
+    """The C backend against its peers per CPU second, with pictures where they have them; MJX and Warp against it per
+    wall second.
 
     rounds: (env-steps per CPU second, per second) of each round; the rates of one round are divided by each other.
     """
-    ours = next(contender for contender in rounds if contender.name == OURS)
-    found = []
+    named = {contender.name: contender for contender in rounds}
+    ours, with_pixels = named[OURS], [named[name] for name in OURS_PIXELS.values() if name in named]
+    pairs = []  # (one, other, column)
     for contender in rounds:
-        if contender is ours:
-            continue
-        is_peer = contender.name in (RAW, *PEERS)
-        one, other = (ours, contender) if is_peer else (contender, ours)
-        column = 0 if is_peer else 1
+        if contender.name == GYM_PIXELS:
+            pairs += [(one, contender, 0) for one in with_pixels]
+        elif contender.name in (RAW, *PEERS):
+            pairs.append((ours, contender, 0))
+        elif contender is not ours and contender not in with_pixels:
+            pairs.append((contender, ours, 1))
+    found = []
+    for one, other, column in pairs:
         of_rounds = [a[column] / b[column] for a, b in zip(rounds[one], rounds[other], strict=True)]
         found.append(
             {
@@ -176,11 +193,11 @@ def ratios(rounds: dict[Contender, list[tuple[float, float]]]) -> list[Record]:
                 "contender": one.name,
                 "num_envs": one.num_envs,
                 "to": other.name,
-                "per": "CPU second" if is_peer else "second",
+                "per": ("CPU second", "second")[column],
                 "ratio": statistics.median(of_rounds),
                 "lowest": min(of_rounds),
                 "highest": max(of_rounds),
-                "target": TARGETS.get(other.name),
+                "target": TARGETS.get((one.name, other.name)),
             }
         )
     return found
@@ -333,7 +350,7 @@ def show(console: Console, records: list[Record]) -> None:
 
 def bench(args: Args, console: Console) -> list[Record]:
     """All records, in the order in which they were measured. Raises FpoError."""
-    for name in ("repeats", "num_envs", "gym_envs", "max_steps", "batch_sizes"):
+    for name in ("repeats", "num_envs", "gym_envs", "pixel_envs", "max_steps", "batch_sizes"):
         if np.min(getattr(args, name)) < 1:
             raise FpoError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     about = circumstances(args.machine or default_machine())

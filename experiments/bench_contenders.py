@@ -1,10 +1,11 @@
 """What bench.py compares: our environments, the raw C loop and gym-aloha's vector environment, on one workload."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,15 @@ from jaxtyping import Float
 
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_expert import plan
-from fpo_jax.envs.aloha_mujoco import load_model, simulate
-from fpo_jax.types import FpoError
+from fpo_jax.envs.aloha_mujoco import AlohaMujoco, load_model, simulate
+from fpo_jax.envs.aloha_render import RenderPool
+from fpo_jax.types import Camera, FpoError
 
 OURS, RAW = "fpo_jax mujoco", "raw mj_step loop"
+OURS_PIXELS = {  # quality -> name
+    "official": "fpo_jax mujoco, a picture per decision",
+    "fast": "fpo_jax mujoco, a fast picture per decision",
+}
 GYM = "gym_aloha vector env, rendering skipped"
 GYM_STATE = "gym_aloha vector env, pictures removed"
 GYM_PIXELS = "gym_aloha vector env, as shipped"
@@ -29,6 +35,7 @@ PEERS = {  # -> what was changed
 CHUNK = 50  # control steps per decision, the task's default
 DISTINCT_EPISODES = 16  # larger batches repeat them
 PIXEL_STEPS = 40  # gym-aloha renders three pictures for every step: about 0.2 CPU seconds
+IMAGE_SIZE = 224  # edge of the pictures for a base policy [pixels], as π0 wants them
 
 
 class Workload(NamedTuple):
@@ -46,6 +53,7 @@ class Contender(NamedTuple):
     num_envs: int
     threads: int
     play: Callable[[], int]
+    cpu_seconds: Callable[[], float] = time.process_time  # a clock of all processes that work for it
 
 
 def workload(max_steps: int) -> Workload:
@@ -99,6 +107,18 @@ def jax_env(name: str, env: Any, work: Workload, num_envs: int, threads: int) ->
     cubes, actions = jnp.asarray(work.cube_position, jnp.float32), jnp.asarray(work.actions)
     keys = jax.random.split(jax.random.key(0), num_envs)
     return Contender(name, num_envs, threads, lambda: int(play(cubes, actions, keys)))
+
+
+def pixel_env(quality: Literal["official", "fast"], work: Workload, num_envs: int, threads: int) -> Contender:
+    """The C backend with a picture of 480 x 640 from camera `top` per decision, resized as a base policy wants it.
+
+    Raises FpoError where there is no OpenGL library.
+    """
+    pool = RenderPool(threads)
+    camera = Camera("top", IMAGE_SIZE, quality)
+    env = AlohaMujoco(execute_steps=work.chunk, num_threads=threads, camera=camera, renderer=pool)
+    contender = jax_env(OURS_PIXELS[quality], env, work, num_envs, threads)
+    return contender._replace(cpu_seconds=lambda: time.process_time() + pool.cpu_seconds())
 
 
 def _without_rendering(task: Any, picture: np.ndarray, physics: Any) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def evaluate(args: Args) -> dict[str, Any]:
     if args.episodes < 1:
         raise FpoError(f"--episodes must be at least 1, not {args.episodes}.")
     shelf = "best" if args.checkpoint == "best" else "checkpoints"
-    config, system, base_params, state = load_run(args.run_dir, shelf)
-    evaluator = Evaluator(system, base_params, args.episodes, args.seed)
+    config, system, base, state = load_run(args.run_dir, shelf)
+    evaluator = Evaluator(system, base, args.episodes, args.seed)
     tuned = evaluator.play(state.agent)
     result = compare(evaluator.play_base(), tuned)
     result["floors"] = {

@@ -5,9 +5,9 @@ python experiments/steerability.py --env aloha_transfer_cube --out runs/steerabi
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fpo_jax import analysis
-from fpo_jax.config import LatentConfig, TrainConfig
+from fpo_jax.config import LatentConfig, OpenpiOptions, TrainConfig
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.fit import build
+from fpo_jax.rollout import FrozenBase
 from fpo_jax.steerability import CrossEntropySettings, best_constant_latent, floors, success_table, variance_shares
 from fpo_jax.types import FpoError
 
@@ -28,6 +29,16 @@ class Args:
     """Environment."""
     base: str | None = None
     """Frozen base policy: a name or a directory; by default the one shipped for the environment."""
+    checkpoint: str | None = None
+    """Where the weights of an openpi base lie, as in train.py."""
+    openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
+    """How an openpi base is read, as in train.py."""
+    render: Literal["official", "fast"] = "official"
+    """Camera images, as in train.py."""
+    episode_length: int | None = None
+    """Control steps per episode; by default the environment's."""
+    execute_steps: int | None = None
+    """Control steps executed per decision; by default the environment's."""
     physics: str = "auto"
     """Simulator, as in train.py."""
     latent: LatentConfig = field(default_factory=LatentConfig)
@@ -50,10 +61,12 @@ def measure(args: Args) -> tuple[dict[str, Any], np.ndarray]:
         raise FpoError(f"--states must be at least 1 and --noises at least 2, not {args.states} and {args.noises}.")
     if args.search.elites < 1 or args.search.population < args.search.elites:
         raise FpoError("--search.elites must be at least 1 and at most --search.population.")
-    config = replace(TrainConfig(), env=args.env, base=args.base, physics=args.physics, latent=args.latent)  # pyright: ignore[reportArgumentType]
-    system, base_params = build(config)
-    constant = best_constant_latent(system, base_params, args.seed + 1, args.search)
-    evaluator = Evaluator(system, base_params, args.states, args.seed, batch=args.states)
+    shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Args)} - {"seed"}
+    config = replace(TrainConfig(), **{name: getattr(args, name) for name in shared})
+    system, params = build(config)
+    base = FrozenBase(params)
+    constant = best_constant_latent(system, base, args.seed + 1, args.search)
+    evaluator = Evaluator(system, base, args.states, args.seed, batch=args.states)
     table = success_table(evaluator, args.noises)
     across_states, across_noise = variance_shares(table)
     rates = table.mean(axis=0)

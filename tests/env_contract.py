@@ -41,6 +41,10 @@ def check_spec(env: Env, state: EnvState, num_envs: int) -> None:
     chex.assert_shape(state.observation.proprio, (num_envs, spec.proprio_dim))
     if spec.object_pose_dim:
         chex.assert_shape(state.observation.object_pose, (num_envs, spec.object_pose_dim))
+    for images in (state.observation.images or {}).values():
+        chex.assert_shape(images, (num_envs, None, None, 3))
+        chex.assert_type(images, jnp.uint8)
+        assert all(len(np.unique(image)) > 1 for image in np.asarray(images)), "a blank picture"
     chex.assert_type([state.observation.proprio, state.reward], jnp.float32)
     chex.assert_type([state.control_steps, state.env_id], jnp.int32)
     flags = (state.terminated, state.truncated, state.success, state.fault)

@@ -2,22 +2,34 @@
 
 import importlib.util
 
+import chex
 import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
 
-from env_contract import check_env
+from env_contract import check_env, gentle_chunk
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_expert import plan
 from fpo_jax.envs.aloha_mjx import AlohaMjx, add_contact_sensors, trimmed_spec
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco, simulate
-from fpo_jax.types import FpoError
+from fpo_jax.types import Camera, FpoError
+from opengl import opengl_pool
 
 
 def test_contract():
     check_env(AlohaMjx(episode_length=3, execute_steps=2), num_envs=2, thorough=False)
+
+
+def test_pictures_are_of_the_state():
+    """At a reset; a step is only traced, because the contract has compiled one and C keeps it with pictures."""
+    pool, camera = opengl_pool(), Camera("top", 16, "fast")
+    env = AlohaMjx(camera=camera)
+    state = jax.jit(env.reset)(jax.random.split(jax.random.key(0), 3))
+    np.testing.assert_array_equal(state.observation.images["top"], pool.render_rows(env.qpos(state), camera))
+    assert len(np.unique(state.observation.images["top"], axis=0)) == 3 and not np.any(state.done)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(env.step, state, gentle_chunk(env, state)), state)
 
 
 def test_trimmed_model_carries_the_cube_in_the_c_engine():

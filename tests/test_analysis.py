@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 
 import imageio_ffmpeg
@@ -7,7 +6,6 @@ import numpy as np
 import pytest
 
 from fpo_jax import analysis
-from fpo_jax.envs import aloha, aloha_render
 from fpo_jax.metrics import wilson_interval
 from fpo_jax.types import FpoError
 
@@ -54,32 +52,3 @@ def test_side_by_side_video_holds_the_last_frame(tmp_path):
     video = np.frombuffer(pixels, np.uint8).reshape(12, 64, 120, 3)
     assert abs(video[-1, 40:, 10:50].mean() - 40) < 5
     assert abs(video[-1, 40:, 70:110].mean() - 200) < 5
-
-
-def test_render_shows_the_cube_move():
-    positions = np.array([[0.0, 0.4, 0.02], [0.0, 0.4, 0.02], [0.2, 0.6, 0.02]])
-    try:
-        frames = aloha_render.render_episode(np.asarray(aloha.initial_qpos(positions)), height=48, width=64)
-    except FpoError as error:
-        pytest.skip(str(error))
-    assert frames.shape == (3, 48, 64, 3)
-    assert frames.dtype == np.uint8
-    np.testing.assert_array_equal(frames[0], frames[1])
-    assert (frames[0] != frames[2]).any(axis=-1).sum() > 5
-
-
-def test_render_without_opengl_names_the_packages(monkeypatch):
-    tried = []
-
-    def fail(command, env, **_):
-        tried.append(env["MUJOCO_GL"])
-        return type("Child", (), {"returncode": [3, -11][len(tried) % 2], "stderr": ""})
-
-    monkeypatch.setattr(aloha_render.subprocess, "run", fail)
-    monkeypatch.setitem(os.environ, "MUJOCO_GL", "osmesa")
-    with pytest.raises(FpoError, match="libegl1 libegl-mesa0 libgl1-mesa-dri") as error:
-        aloha_render.render_episode(np.zeros((1, 23)))
-    assert tried == ["osmesa", "egl"]
-    assert "\n" not in str(error.value)
-    with pytest.raises(FpoError, match="no camera 'below'; there are: top"):
-        aloha_render.render_episode(np.zeros((1, 23)), camera="below")

@@ -11,6 +11,7 @@ from fpo_jax.config import TrainConfig
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.fit import build
 from fpo_jax.policies import CHECKPOINTS
+from fpo_jax.rollout import FrozenBase
 
 EPISODES, BATCH = 256, 32
 BAND = (0.30, 0.45)  # success of a base that leaves something to learn and something to learn from
@@ -28,7 +29,7 @@ def stated_success(card: str) -> tuple[float, int]:
 def shipped():
     """(evaluator, outcomes of the base) on the C engine."""
     system, params = build(TrainConfig(physics="mujoco"))
-    evaluator = Evaluator(system, params, EPISODES, seed=20_240, batch=BATCH)
+    evaluator = Evaluator(system, FrozenBase(params), EPISODES, seed=20_240, batch=BATCH)
     return evaluator, evaluator.play_base()
 
 

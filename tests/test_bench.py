@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import bench
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_mujoco import simulate
+from opengl import opengl_pool
 from tiny import jit
 
 TINY_TRAIN = [
@@ -65,6 +67,32 @@ def test_backends_and_ratios(written):
     assert all(0 < r["lowest"] <= r["ratio"] <= r["highest"] < math.inf for r in ratios)
 
 
+def test_pictures_are_compared_with_pictures():
+    def contender(name):
+        return bench.Contender(name, 1, 1, lambda: 1)
+
+    official, fast = bench.OURS_PIXELS.values()
+    rates = {bench.OURS: 8.0, bench.RAW: 4.0, bench.GYM_PIXELS: 0.5, official: 2.0, fast: 3.0, "fpo_jax mjx": 1.0}
+    rounds = {contender(name): [(rate, 10 * rate), (rate, 20 * rate)] for name, rate in rates.items()}
+    found = {(r["contender"], r["to"]): (r["per"], r["ratio"], r["target"]) for r in bench.ratios(rounds)}
+    assert found == {
+        (bench.OURS, bench.RAW): ("CPU second", 2.0, 0.75),
+        (official, bench.GYM_PIXELS): ("CPU second", 4.0, 50.0),
+        (fast, bench.GYM_PIXELS): ("CPU second", 6.0, None),
+        ("fpo_jax mjx", bench.OURS): ("second", 0.125, None),
+    }
+
+
+def test_the_cpu_time_of_pictures_counts():
+    opengl_pool()
+    contender = bench.pixel_env("fast", bench.workload(4), num_envs=3, threads=1)
+    assert contender.play() == 12  # starts and warms up
+    steps, with_rendering, _ = bench.timed(contender.play, contender.cpu_seconds)
+    assert steps == 12
+    processes = contender.cpu_seconds() - time.process_time()
+    assert processes > 0.02 and with_rendering > 0.02  # 12 pictures of 6 ms so far, 6 of them now
+
+
 def test_an_iteration_is_taken_apart(written):
     records, _ = written
     phases = of_kind(records, "phase")
@@ -100,6 +128,7 @@ def test_all_play_the_same_steps_and_nobody_succeeds_in_them():
     ("options", "sentence"),
     [
         (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--pixel-envs", "0"], "--pixel-envs must be at least 1"),
         (["--batch-sizes", "8", "0"], "--batch-sizes must be at least 1"),
         (["--train.env", "point_mas"], "did you mean 'point_mass'"),
     ],

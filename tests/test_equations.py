@@ -12,6 +12,7 @@ from fpo_jax import flow
 from fpo_jax.algorithms import fpo
 from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.critic import critic_loss, generalized_advantage, td_target
+from fpo_jax.rollout import FrozenBase
 from fpo_jax.types import Dims
 from tiny import TINY, act_fpo, begin, init_fpo, jit, keys, perturbed, run_rollout, scripted_system
 
@@ -32,7 +33,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 def test_eq1_discounted_return(reward, expected):
     config = TrainConfig(rollout=RolloutConfig(gamma=0.9, reward=reward))
     system = scripted_system(config, success_at=(3,), fault_at=(0,))
-    _, _, episodes = run_rollout(system, {}, None, begin(system, keys(1)), jax.random.key(1), 6)
+    _, _, episodes = run_rollout(system, FrozenBase({}), None, begin(system, keys(1)), jax.random.key(1), 6)
     close(episodes.ret[:, 0], expected)
     assert episodes.ended[:, 0].tolist() == [False, False, True, False, False, False]
 
@@ -41,8 +42,8 @@ def test_eq1_the_return_goes_on_from_rollout_to_rollout():
     config = TrainConfig(rollout=RolloutConfig(gamma=0.9, reward="step_cost"))
     system = scripted_system(config, success_at=(0,), fault_at=(0,))
     carry = begin(system, keys(1))
-    carry, _, first = run_rollout(system, {}, None, carry, jax.random.key(1), 2)
-    _, _, second = run_rollout(system, {}, None, carry, jax.random.key(2), 3)
+    carry, _, first = run_rollout(system, FrozenBase({}), None, carry, jax.random.key(1), 2)
+    _, _, second = run_rollout(system, FrozenBase({}), None, carry, jax.random.key(2), 3)
     close(first.ret[:, 0], [-1, -1.9])
     close(second.ret[:, 0], [-1.9 - 0.81, -1.9 - 0.81 - 0.729, 0])  # time limit after four decisions, then the reset
     assert second.ended[:, 0].tolist() == [False, True, False]

@@ -12,6 +12,7 @@ from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.evaluate import Evaluator, Outcomes, compare, paired_difference, report, success_summary, versus
 from fpo_jax.fit import build
 from fpo_jax.metrics import paired_difference_interval, wilson_interval
+from fpo_jax.rollout import FrozenBase
 from tiny import TINY, init_fpo, jit, make_system, perturbed, scripted_system
 
 
@@ -38,7 +39,9 @@ def assert_same_episodes(one: Outcomes, other: Outcomes) -> None:
 def point_mass():
     """(evaluator of 10 episodes in batches of 4, fresh FPO agent)."""
     system = make_system()
-    return Evaluator(system, {}, episodes=10, seed=5, batch=4), init_fpo(TINY, system.dims, jax.random.key(0))
+    return Evaluator(system, FrozenBase({}), episodes=10, seed=5, batch=4), init_fpo(
+        TINY, system.dims, jax.random.key(0)
+    )
 
 
 # --- pairing
@@ -56,7 +59,7 @@ def test_a_fresh_agent_repeats_the_base_on_aloha():
     """With the shipped base, in episodes too short to succeed in; whole ones are in test_base_policy."""
     config = replace(TINY, env="aloha_transfer_cube", episode_length=10, execute_steps=5)
     system, params = build(config)
-    evaluator = Evaluator(system, params, episodes=5, seed=0)
+    evaluator = Evaluator(system, FrozenBase(params), episodes=5, seed=0)
     base, fresh = evaluator.play_base(), evaluator.play(fpo.init(config, system.dims, jax.random.key(1)))
     assert_same_episodes(base, fresh)
     assert np.all(base.control_steps == 10) and not np.any(base.success | base.invalid)
@@ -92,7 +95,7 @@ def test_noise_seeds_share_the_initial_states(point_mass):
 
 
 def test_a_batch_is_never_larger_than_the_episodes():
-    evaluator = Evaluator(make_system(replace(TINY, num_envs=128)), {}, episodes=3, seed=0)
+    evaluator = Evaluator(make_system(replace(TINY, num_envs=128)), FrozenBase({}), episodes=3, seed=0)
     assert evaluator.num_batches == 1 and len(evaluator.play_base().success) == 3
 
 
@@ -103,7 +106,7 @@ def test_outcomes_of_a_script():
     """Decisions of two steps: 0 succeeds at its third, 1 runs out of time after four, 2 breaks at its third."""
     config = TrainConfig(rollout=RolloutConfig(gamma=0.9))
     system = scripted_system(config, success_at=(3, 0, 0), fault_at=(0, 0, 3))
-    evaluator = Evaluator(system, {}, episodes=3, seed=0)
+    evaluator = Evaluator(system, FrozenBase({}), episodes=3, seed=0)
     result = evaluator.play(fixed.base(4), evaluator.fixed_system)
     np.testing.assert_array_equal(result.success, [True, False, False])
     np.testing.assert_array_equal(result.invalid, [False, False, True])

@@ -75,3 +75,14 @@ def test_a_rank_beyond_the_chunk_is_an_error(rank):
     with pytest.raises(FpoError, match=rf"latent\.rank is {rank}; choose 1 to {H}"):
         LatentSpace("dct", H, A, rank=rank)
     assert LatentSpace("full", H, A, rank=rank).dim == H * A  # rank means nothing there
+
+
+@pytest.mark.parametrize("name", ["dct", "full", "repeat"])
+def test_padding_stays_as_drawn(name):
+    """Noise wider than what is steered (π0 pads 14 actions to 32): the first columns as alone, the rest untouched."""
+    space = LatentSpace(name, H, A)
+    latent, noise = draw(N, space.dim), draw(N, H, A + 3, seed=1)
+    expanded = space.expand(latent, noise)
+    np.testing.assert_array_equal(expanded[..., A:], noise[..., A:])
+    np.testing.assert_allclose(expanded[..., :A], space.expand(latent, noise[..., :A]), atol=1e-6)
+    np.testing.assert_allclose(space.project(expanded), latent, atol=1e-5)

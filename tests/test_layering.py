@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "fpo_jax"
 # A module imports modules of lower rank, of its own folder, and of its own rank where that is a rank of siblings.
 RANKS = [
     {"types", "config"},
-    {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos"},
+    {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos", "images"},
     {"envs", "policies", "algorithms"},
-    {"clone", "rollout"},
+    {"clone", "clone_pi0", "rollout"},
     {"train", "evaluate"},
     {"video", "steerability"},
     {"fit"},
@@ -33,7 +33,8 @@ OPTIONAL = {
     "matplotlib": {"analysis"},
     "imageio": set(),  # it forks
     "imageio_ffmpeg": {"analysis"},
-    "PIL": {"analysis"},
+    "PIL": {"analysis", "images", "envs"},
+    "sentencepiece": {"policies"},
     "sklearn": {"analysis"},
     "tensorboardX": {"metrics"},
     "websockets": {"serve"},

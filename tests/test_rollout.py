@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,16 @@ from fpo_jax import rollout as rollout_module
 from fpo_jax.algorithms import fixed
 from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.flow import split_keys
-from fpo_jax.rollout import Episodes, python_rollout, select_action
+from fpo_jax.rollout import (
+    Episodes,
+    FeatureStats,
+    FrozenBase,
+    feature_stats,
+    observe,
+    python_rollout,
+    select_action,
+    standardize,
+)
 from fpo_jax.types import Transition
 from tiny import TINY, begin, init_fpo, jit, keys, make_system, perturbed, run_rollout, scripted_system
 
@@ -32,7 +42,7 @@ def plain(tree):
 def scripted(time_limit="terminal", reward="sparse") -> tuple[Transition, Episodes]:
     config = TrainConfig(rollout=RolloutConfig(gamma=0.9, reward=reward, time_limit=time_limit))
     system = scripted_system(config, success_at=(3, 0, 0), fault_at=(0, 0, 3))
-    _, transition, episodes = run_rollout(system, {}, None, begin(system, keys(3)), jax.random.key(1), 6)
+    _, transition, episodes = run_rollout(system, FrozenBase({}), None, begin(system, keys(3)), jax.random.key(1), 6)
     return jax.tree.map(lambda leaf: leaf.T if leaf.ndim == 2 else leaf, (transition, episodes))  # [N T]
 
 
@@ -87,9 +97,9 @@ def trained():
 
 def test_the_scan_equals_the_python_loop(trained, monkeypatch):
     system, agent, carry = trained
-    scanned = run_rollout(system, {}, agent, carry, jax.random.key(1), 5)
+    scanned = run_rollout(system, FrozenBase({}), agent, carry, jax.random.key(1), 5)
     monkeypatch.setattr(rollout_module, "decision_step", jit(rollout_module.decision_step, static_argnums=0))
-    looped = python_rollout(system, {}, agent, carry, jax.random.key(1), 5)
+    looped = python_rollout(system, FrozenBase({}), agent, carry, jax.random.key(1), 5)
     chex.assert_trees_all_close(plain(scanned), plain(looped), rtol=1e-5, atol=1e-5)
     _, transition, episodes = scanned
     assert episodes.ended.any() and not transition.valid.all()  # it went through a reset
@@ -98,8 +108,8 @@ def test_the_scan_equals_the_python_loop(trained, monkeypatch):
 
 def test_two_rollouts_are_one_long_one_to_the_environment(trained):
     system, agent, carry = trained
-    first, _, _ = run_rollout(system, {}, agent, carry, jax.random.key(1), 5)
-    second, transition, _ = run_rollout(system, {}, agent, first, jax.random.key(2), 5)
+    first, _, _ = run_rollout(system, FrozenBase({}), agent, carry, jax.random.key(1), 5)
+    second, transition, _ = run_rollout(system, FrozenBase({}), agent, first, jax.random.key(2), 5)
     close(transition.state[0, :, :2], first.env.observation.proprio)
     close(second.env.control_steps <= 8, True)
 
@@ -108,8 +118,8 @@ def test_an_environment_does_not_depend_on_how_many_there_are(trained):
     """Not its initial state, not its noise, not its latents: only rounding may differ with the batch size."""
     system, agent, carry = trained
     np.testing.assert_array_equal(*(jax.random.key_data(x) for x in (keys(2), keys(4)[:2])))  # as `train.init` splits
-    together = run_rollout(system, {}, agent, carry, jax.random.key(1), 5)[1:]
-    alone = run_rollout(system, {}, agent, begin(system, keys(2)), jax.random.key(1), 5)[1:]
+    together = run_rollout(system, FrozenBase({}), agent, carry, jax.random.key(1), 5)[1:]
+    alone = run_rollout(system, FrozenBase({}), agent, begin(system, keys(2)), jax.random.key(1), 5)[1:]
     first_two = jax.tree.map(lambda leaf: leaf[:, :2], together)
     chex.assert_trees_all_close(plain(first_two), plain(alone), rtol=1e-4, atol=1e-4)
     latent = together[0].latent
@@ -145,7 +155,7 @@ def test_step_0_is_the_base():
     latent, noise, expected = optimised(base_chunk)(system, env_state, step_keys)
     for options in ({}, {"integrator": "euler", "sampler_steps": 1}):
         variant = replace(system, config=replace(TINY, actor=replace(TINY.actor, **options)))
-        chunk, sample, _ = optimised(select_action)(variant, {}, agent, env_state, step_keys)
+        chunk, sample, _ = optimised(select_action)(variant, FrozenBase({}), agent, env_state, step_keys)
         np.testing.assert_array_equal(sample.latent, latent)
         np.testing.assert_array_equal(chunk, expected)
     # the noise that the base sees is N(0, I): 64 · 8 numbers
@@ -157,8 +167,30 @@ def test_the_first_rollout_is_the_one_of_the_untouched_base():
     """`algorithms.fixed` is the base in evaluation: paired with FPO's initial actor, every episode is the same."""
     system = make_system()
     agent, carry = init_fpo(TINY, system.dims, jax.random.key(0)), begin(system, keys(4))
-    _, ours, _ = run_rollout(system, {}, agent, carry, jax.random.key(1), 5)
+    _, ours, _ = run_rollout(system, FrozenBase({}), agent, carry, jax.random.key(1), 5)
     untouched = replace(system, algorithm=fixed)
-    _, base, _ = run_rollout(untouched, {}, fixed.base(4), carry, jax.random.key(1), 5)
+    _, base, _ = run_rollout(untouched, FrozenBase({}), fixed.base(4), carry, jax.random.key(1), 5)
     for name in ("state", "latent", "reward", "next_state", "done", "valid"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(base, name), err_msg=name)
+
+
+# --- features of a base that asks for statistics
+
+
+def test_feature_statistics_are_over_valid_decisions_with_a_floor():
+    features = jnp.array([[1.0, 10.0], [3.0, 10.0], [100.0, 0.0]])
+    stats = feature_stats(features, jnp.array([True, True, False]))
+    close(stats.mean, [2.0, 10.0])
+    close(stats.std, [1.0, 1e-3 * 10 + 1e-6], rtol=1e-6)  # the second dimension never moved
+    close(standardize(stats, features[:2]), [[-1.0, 0.0], [1.0, 0.0]])
+    assert standardize(stats, features[2:])[0].tolist() == [10.0, -10.0]  # cut off
+
+
+def test_a_base_without_statistics_shows_its_features_as_they_are():
+    system = make_system()
+    carry = begin(system, keys(4))
+    plain_state, _ = observe(system, FrozenBase({}), carry.env)
+    stats = FeatureStats(jnp.full(4, 0.5), jnp.full(4, 2.0))
+    standardised, _ = observe(system, FrozenBase({}, stats), carry.env)
+    close(standardised[:, :4], (plain_state[:, :4] - 0.5) / 2.0, rtol=1e-6)
+    close(standardised[:, 4], plain_state[:, 4])  # the clock stays

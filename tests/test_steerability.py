@@ -8,6 +8,7 @@ import steerability as steerability_script
 from fpo_jax.algorithms import fixed
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.metrics import wilson_interval
+from fpo_jax.rollout import FrozenBase
 from fpo_jax.steerability import (
     CrossEntropySettings,
     best_constant_latent,
@@ -85,7 +86,7 @@ def test_all_candidates_of_a_generation_meet_the_same_initial_states(monkeypatch
     monkeypatch.setattr(Evaluator, "play_from", spy)
     system = make_system()
     settings = CrossEntropySettings(generations=3, population=5, elites=2, episodes_per_candidate=4)
-    constant = best_constant_latent(system, {}, seed=0, settings=settings)
+    constant = best_constant_latent(system, FrozenBase({}), seed=0, settings=settings)
     assert constant.shape == (system.dims.latent,) and len(calls) == 3
     for mean, env_keys, _ in calls:
         per_candidate = env_keys.reshape(5, 4, 2)
@@ -133,7 +134,7 @@ def test_few_noises_do_not_look_like_different_states():
 
 
 def test_floors():
-    evaluator = Evaluator(make_system(), {}, episodes=12, seed=1, batch=12)
+    evaluator = Evaluator(make_system(), FrozenBase({}), episodes=12, seed=1, batch=12)
     table = success_table(evaluator, 3)
     assert table.shape == (3, 12) and table.dtype == bool
     np.testing.assert_array_equal(table[2], evaluator.play_base(noise_seed=2).success)

@@ -10,8 +10,8 @@ import pytest
 
 from fpo_jax import train
 from fpo_jax.config import PRESETS
-from fpo_jax.rollout import Episodes
-from tiny import TINY, begin_training, iterate, jit, make_system, shrink
+from fpo_jax.rollout import Episodes, FrozenBase, feature_stats, standardize
+from tiny import TINY, begin_training, iterate, jit, make_system, run_rollout, shrink
 
 EPISODE_METRICS = {"success_rate", "return", "episode_length", "invalid_episodes"}
 METRICS = {
@@ -159,3 +159,23 @@ def test_episode_metrics():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
     nothing = train.episode_metrics(jax.tree.map(jnp.zeros_like, episodes))
     assert nothing["episodes_ended"] == 0 and np.isnan(nothing["success_rate"])
+
+
+def test_a_base_that_asks_for_it_gets_statistics_of_its_first_rollout():
+    system = make_system()
+    system = replace(system, base=replace(system.base, standardize=True))
+    first = begin_training(system, {})
+    assert first.features.mean.shape == (system.base.feature_dim,)
+    assert (first.iteration, first.env_steps > 0) == (0, True)  # what it cost is counted
+    second, _ = iterate(system, {}, first)
+    chex.assert_trees_all_equal(first.features, second.features)
+    # They are those of a rollout that nothing is learned from ...
+    key = jax.random.fold_in(first.key, 0)
+    _, transition, _ = run_rollout(system, FrozenBase({}), first.agent, first.rollout, key, 5)
+    features, valid = transition.state[..., :4].reshape(-1, 4), transition.valid.reshape(-1)
+    chex.assert_trees_all_close(first.features, feature_stats(features, valid), rtol=1e-5)
+    # ... and the learner sees its states through them.
+    newest = jax.tree.map(lambda leaf: leaf[-1], second.window)
+    raw, _ = system.base.encode({}, first.rollout.env.observation)
+    np.testing.assert_allclose(newest.state[0, :, :4], standardize(first.features, raw), rtol=1e-5)
+    assert begin_training(make_system(), {}).features is None

@@ -101,7 +101,11 @@ class EchoPolicy:
 
     horizon: int = 2
     action_dim: int = 2
+    output_dim: int = 2
     feature_dim: int = 2
+    standardize: bool = False
+    cameras: tuple[str, ...] = ()
+    image_size: int = 0
 
     def encode(self, params, observation):
         return observation.proprio, None

@@ -9,13 +9,35 @@ from fpo_jax.types import FpoError, suggestion
 
 
 @dataclass(frozen=True)
+class OpenpiOptions:
+    """How an openpi base (π0, π0.5) is read; ignored by other bases. None: as its named configuration says."""
+
+    features: Literal["mean", "last_token", "proprio"] = "mean"
+    """s_t: mean: mean of the prefix's valid last hidden states, and proprio; last_token: its last one, and proprio."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and arithmetic: auto is bfloat16 (openpi's serving precision) on accelerators, float32 on CPU."""
+    prompt: str | None = None
+    """The task in words."""
+    asset_id: str | None = None
+    """Which normalisation statistics of the checkpoint's assets/ to use."""
+    tokenizer: str | None = None
+    """PaliGemma's SentencePiece model: a file or a bucket URL; by default the checkpoint's, else openpi's."""
+    denoise_steps: int = 10
+    """Euler steps from noise to actions."""
+    merge_lora: bool = False
+    """Add the checkpoint's LoRA factors to its weights while loading."""
+
+
+@dataclass(frozen=True)
 class LatentConfig:
     """Which part of the base's noise is the latent x (notes on Eq. 7 in docs/equations.md)."""
 
     space: Literal["dct", "full", "repeat"] = "dct"
     """dct: low temporal frequencies, the rest of the noise stays random; full: all of it; repeat: one row repeated."""
     rank: int = 2
-    """Number of temporal frequencies that `dct` steers; D = rank x action width."""
+    """Number of temporal frequencies that `dct` steers; D = rank x steered action width."""
+    steer_padding: bool = False
+    """Also steer the action dimensions that the robot does not have (π0 pads its actions to 32)."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +193,10 @@ class TrainConfig:
     env: str = "aloha_transfer_cube"
     """Environment, e.g. aloha_transfer_cube or point_mass."""
     base: str | None = None
-    """Frozen base policy: a name or a directory; by default the one shipped for the environment."""
+    """Frozen base policy: a name (a shipped one, or openpi's pi0_aloha_sim, pi05_libero, ...) or a directory; by
+    default the one shipped for the environment."""
+    checkpoint: str | None = None
+    """Where the weights of an openpi base lie: a directory or a bucket URL (gs://...); by default openpi's own."""
     algorithm: Literal["fpo", "sac"] = "fpo"
     """fpo, or latent-space SAC."""
     physics: Literal["auto", "mujoco", "mjx", "warp", "jax"] = "auto"
@@ -190,8 +215,11 @@ class TrainConfig:
     """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint."""
+    render: Literal["official", "fast"] = "official"
+    """Camera images, for bases that see: official as gym-aloha draws them; fast without shadows and multisampling."""
     preset: str = "default"
     """Named settings, see PRESETS; options given beside it override it."""
+    openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
     latent: LatentConfig = field(default_factory=LatentConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fpo_jax.algorithms import fixed
 from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
-from fpo_jax.rollout import System, rollout, start
-from fpo_jax.types import Params
+from fpo_jax.rollout import FrozenBase, System, rollout, start
 
 
 class Outcomes(NamedTuple):
@@ -25,10 +24,10 @@ class Outcomes(NamedTuple):
 
 
 def _play(
-    system: System, base_params: Params, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
+    system: System, base: FrozenBase, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
 ) -> tuple[Array, Array, Array, Array]:
     """One whole episode in each of N environments: the fields of `Outcomes`."""
-    _, _, episodes = rollout(system, base_params, agent, start(system, env_keys), key, system.env.spec.decisions)
+    _, _, episodes = rollout(system, base, agent, start(system, env_keys), key, system.env.spec.decisions)
     over = episodes.ended | episodes.fault
     first = jnp.argmax(over, axis=0)  # later slots belong to the next episode
 
@@ -44,8 +43,8 @@ class Evaluator:
     `batch` environments run at a time; `episodes` need not be a multiple of it. Each algorithm compiles once.
     """
 
-    def __init__(self, system: System, base_params: Params, episodes: int, seed: int, batch: int | None = None):
-        self.system, self.base_params, self.episodes = system, base_params, episodes
+    def __init__(self, system: System, base: FrozenBase, episodes: int, seed: int, batch: int | None = None):
+        self.system, self.base, self.episodes = system, base, episodes
         batch = min(batch or system.config.num_envs, episodes)
         self.num_batches = -(-episodes // batch)
         env_key, noise_key = jax.random.split(jax.random.key(seed))
@@ -71,7 +70,7 @@ class Evaluator:
         system = system or self.system
         if system not in self._compiled:
             self._compiled[system] = jax.jit(partial(_play, system))
-        return Outcomes(*jax.device_get(self._compiled[system](self.base_params, agent, env_keys, noise_key)))
+        return Outcomes(*jax.device_get(self._compiled[system](self.base, agent, env_keys, noise_key)))
 
     @cached_property
     def fixed_system(self) -> System:

@@ -28,22 +28,25 @@ from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.policies import load_base
 from fpo_jax.policies.small import check_action_space
 from fpo_jax.provenance import provenance, tree_crc32
-from fpo_jax.rollout import System
+from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.train import TrainState
-from fpo_jax.types import FpoError, Params
+from fpo_jax.types import Camera, FpoError, Params
 from fpo_jax.video import record_comparison
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
-_FREE_TO_CHANGE = ("iterations", "resume", "run_dir")  # on resume
+_FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint")  # on resume; the base is known by its checksum
 
 
 def build(config: TrainConfig) -> tuple[System, Params]:
     """Environment, frozen base, latent space and algorithm of a configuration. Raises FpoError for unknown names."""
     check(config)
-    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps)
-    base, base_params = load_base(config.base or config.env)
+    resolve_physics(config.env, config.physics)  # a wrong name shows before a large base is loaded
+    base, base_params = load_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
+    camera = Camera(base.cameras[0], base.image_size, config.render) if base.cameras else None
+    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, camera)
     check_action_space(base, env.spec)
-    space = LatentSpace(config.latent.space, base.horizon, base.action_dim, config.latent.rank)
+    steered = base.action_dim if config.latent.steer_padding else min(base.action_dim, base.output_dim)
+    space = LatentSpace(config.latent.space, base.horizon, steered, config.latent.rank)
     return System(config, env, base, space, ALGORITHMS[config.algorithm]), base_params
 
 
@@ -51,8 +54,10 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.env}-{config.preset}-s{config.seed}"
 
 
-def load_run(run_dir: Path, shelf: checkpoint.Shelf = "checkpoints") -> tuple[TrainConfig, System, Params, TrainState]:
-    """(config, system, base_params, state) of a run at its newest whole checkpoint on `shelf`.
+def load_run(
+    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints"
+) -> tuple[TrainConfig, System, FrozenBase, TrainState]:
+    """(config, system, base, state) of a run at its newest whole checkpoint on `shelf`.
 
     Raises FpoError where the directory holds no run or no whole checkpoint.
     """
@@ -65,7 +70,8 @@ def load_run(run_dir: Path, shelf: checkpoint.Shelf = "checkpoints") -> tuple[Tr
     system, base_params = build(config)
     _check_base(run_dir, base_params)
     like = jax.eval_shape(partial(train.init, system), base_params)
-    return config, system, base_params, checkpoint.restore(run_dir, step, like, shelf=shelf)
+    state = checkpoint.restore(run_dir, step, like, shelf=shelf)
+    return config, system, FrozenBase(base_params, state.features), state
 
 
 def _check_base(run_dir: Path, base_params: Params) -> None:
@@ -94,7 +100,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
-    """Only `iterations` may change. Raises FpoError naming every other difference."""
+    """Only `iterations` and where the base lies may change. Raises FpoError naming every other difference."""
     same = replace(config, **{name: getattr(saved, name) for name in _FREE_TO_CHANGE})
     if changed := differences(saved, same):
         raise FpoError(
@@ -260,14 +266,14 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
     check_resumable(read_config(run_dir), config)
-    _, system, base_params, state = load_run(run_dir)
+    _, system, base, state = load_run(run_dir)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
     if step > config.iterations or finished:
         raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
     for stale in ("stopped.json", "evaluation.json"):
         (run_dir / stale).unlink(missing_ok=True)
-    return step, replace(system, config=config), base_params, state
+    return step, replace(system, config=config), base.params, state
 
 
 def _opening(system: System, run_dir: Path, step: int | None) -> str:
@@ -313,7 +319,7 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
         _learning_curve(run, None)
         return {}
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
-    evaluator = Evaluator(system, base_params, settings.episodes, settings.seed)
+    evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     base, tuned = evaluator.play_base(), evaluator.play(state.agent)
     result = compare(base, tuned)
     _write_json(run_dir / "evaluation.json", result)

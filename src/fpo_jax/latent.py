@@ -30,7 +30,7 @@ class LatentSpace:
 
     space: Literal["dct", "full", "repeat"]
     horizon: int
-    action_dim: int
+    action_dim: int  # columns of the noise that are steered, the first ones; what is right of them stays as drawn
     rank: int = 2
 
     def __post_init__(self) -> None:
@@ -44,6 +44,10 @@ class LatentSpace:
 
     def expand(self, latent: Float[Array, "N D"], noise: Float[Array, "N h A"]) -> Float[Array, "N h A"]:
         """The base's noise for this latent; `noise` fills what the latent leaves free."""
+        steered, rest = noise[..., : self.action_dim], noise[..., self.action_dim :]
+        return jnp.concatenate([self._expand(latent, steered), rest], axis=-1)
+
+    def _expand(self, latent: Float[Array, "N D"], noise: Float[Array, "N h w"]) -> Float[Array, "N h w"]:
         rows = latent.reshape(latent.shape[0], -1, self.action_dim)
         if self.space == "full":
             return rows
@@ -55,6 +59,7 @@ class LatentSpace:
 
     def project(self, noise: Float[Array, "N h A"]) -> Float[Array, "N D"]:
         """The latent of a given noise: x with `expand(x, noise) == noise` for dct and full, the mean row for repeat."""
+        noise = noise[..., : self.action_dim]
         if self.space == "repeat":
             return noise.mean(axis=1)
         if self.space == "full":

@@ -29,6 +29,20 @@ class System:
         return Dims(state=self.base.feature_dim + clock, latent=self.latent_space.dim)
 
 
+class FeatureStats(NamedTuple):
+    """Standardises the features of a base that asks for it; frozen before training begins, saved with the run."""
+
+    mean: Float[Array, " f"]
+    std: Float[Array, " f"]
+
+
+class FrozenBase(NamedTuple):
+    """What never changes during training."""
+
+    params: Params
+    features: FeatureStats | None = None  # None: the features are of the right size as they come
+
+
 class Episodes(NamedTuple):
     """What ended in each slot; leading axes [T, N]."""
 
@@ -55,9 +69,28 @@ def start(system: System, keys: Key[Array, " N"]) -> RolloutState:
     return RolloutState(system.env.reset(keys), jnp.zeros(num), jnp.ones(num))
 
 
-def observe(system: System, base_params: Params, env_state: EnvState) -> tuple[Float[Array, "N d"], PyTree]:
+def feature_stats(features: Float[Array, "B f"], valid: Bool[Array, " B"]) -> FeatureStats:
+    """Mean and standard deviation over the valid decisions.
+
+    A dimension that hardly moves would turn the rounding of a bfloat16 encoder into a large input: 1e-3 of its mean is
+    the least standard deviation.
+    """
+    weight = valid / jnp.maximum(jnp.sum(valid), 1)
+    mean = weight @ features
+    variance = weight @ jnp.square(features - mean[None])
+    return FeatureStats(mean, jnp.maximum(jnp.sqrt(variance), 1e-3 * jnp.abs(mean) + 1e-6))
+
+
+def standardize(stats: FeatureStats, features: Float[Array, "N f"]) -> Float[Array, "N f"]:
+    """(features - mean) / std within ±10: what the statistics have not seen must not blow up the networks."""
+    return jnp.clip((features.astype(jnp.float32) - stats.mean[None]) / stats.std[None], -10.0, 10.0)
+
+
+def observe(system: System, base: FrozenBase, env_state: EnvState) -> tuple[Float[Array, "N d"], PyTree]:
     """s_t and the base's context; where the time limit is terminal, s_t ends with the share of the episode left."""
-    features, context = system.base.encode(base_params, env_state.observation)
+    features, context = system.base.encode(base.params, env_state.observation)
+    if base.features is not None:
+        features = standardize(base.features, features)
     if system.config.rollout.time_limit == "terminal":
         remaining = 1 - env_state.control_steps / system.env.spec.episode_length
         features = jnp.concatenate([features, remaining[:, None].astype(features.dtype)], axis=-1)
@@ -71,14 +104,14 @@ def residual_noise(system: System, keys: Key[Array, " N"]) -> Float[Array, "N h 
 
 
 def select_action(
-    system: System, base_params: Params, agent: PyTree, env_state: EnvState, keys: Key[Array, " N"]
+    system: System, base: FrozenBase, agent: PyTree, env_state: EnvState, keys: Key[Array, " N"]
 ) -> tuple[Float[Array, "N h a"], LatentSample, Float[Array, "N d"]]:
     """encode -> act -> expand -> decode: the one inference path of training, evaluation and serving."""
     act_keys, noise_keys = split_keys(keys)
-    state, context = observe(system, base_params, env_state)
+    state, context = observe(system, base, env_state)
     sample = system.algorithm.act(system.config, agent, state, act_keys)
     noise = system.latent_space.expand(sample.latent, residual_noise(system, noise_keys))
-    return system.base.decode(base_params, context, noise), sample, state
+    return system.base.decode(base.params, context, noise), sample, state
 
 
 def slot_keys(key: Key[Array, ""], num_envs: int) -> Key[Array, " N"]:
@@ -93,7 +126,7 @@ def learner_reward(config: RolloutConfig, env_state: EnvState) -> Float[Array, "
 
 
 def decision_step(
-    system: System, base_params: Params, agent: PyTree, carry: RolloutState, key: Key[Array, ""]
+    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""]
 ) -> tuple[RolloutState, tuple[Transition, Episodes]]:
     """One slot: decide, execute the chunk, record. `next_state` still holds s_t; `rollout` shifts it.
 
@@ -101,7 +134,7 @@ def decision_step(
     """
     config, before = system.config.rollout, carry.env
     keys = slot_keys(key, before.reward.shape[0])
-    chunk, sample, state = select_action(system, base_params, agent, before, keys)
+    chunk, sample, state = select_action(system, base, agent, before, keys)
     after = system.env.step(before, chunk)
     resets = before.done
     valid = ~resets & ~after.fault
@@ -132,31 +165,31 @@ def decision_step(
     return RolloutState(after, episode_return, episode_discount), (transition, episodes)
 
 
-def _shift(system: System, base_params: Params, carry: RolloutState, transition: Transition) -> Transition:
+def _shift(system: System, base: FrozenBase, carry: RolloutState, transition: Transition) -> Transition:
     """Fill next_state by shifting; only the final observation needs one more encoding."""
-    last, _ = observe(system, base_params, carry.env)
+    last, _ = observe(system, base, carry.env)
     return transition._replace(next_state=jnp.concatenate([transition.state[1:], last[None]]))
 
 
 def rollout(
-    system: System, base_params: Params, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
+    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
 ) -> tuple[RolloutState, Transition, Episodes]:
     """T decisions of all environments; Transition and Episodes have leading axes [T, N]."""
 
     def body(carry, key):
-        return decision_step(system, base_params, agent, carry, key)
+        return decision_step(system, base, agent, carry, key)
 
     carry, (transition, episodes) = jax.lax.scan(body, carry, jax.random.split(key, num_decisions))
-    return carry, _shift(system, base_params, carry, transition), episodes
+    return carry, _shift(system, base, carry, transition), episodes
 
 
 def python_rollout(
-    system: System, base_params: Params, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
+    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
 ) -> tuple[RolloutState, Transition, Episodes]:
     """`rollout` as a Python loop over the same step, for debugging and for host simulators."""
     slots = []
     for slot_key in jax.random.split(key, num_decisions):
-        carry, slot = decision_step(system, base_params, agent, carry, slot_key)
+        carry, slot = decision_step(system, base, agent, carry, slot_key)
         slots.append(slot)
     transition, episodes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slots)
-    return carry, _shift(system, base_params, carry, transition), episodes
+    return carry, _shift(system, base, carry, transition), episodes

@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 from fpo_jax.algorithms import fixed
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.metrics import Interval, wilson_interval
-from fpo_jax.rollout import System
-from fpo_jax.types import Params
+from fpo_jax.rollout import FrozenBase, System
 
 
 class CrossEntropySettings(NamedTuple):
@@ -50,7 +49,7 @@ def cross_entropy_method(
 
 
 def best_constant_latent(
-    system: System, base_params: Params, seed: int, settings: CrossEntropySettings
+    system: System, base: FrozenBase, seed: int, settings: CrossEntropySettings
 ) -> Float[np.ndarray, " D"]:
     """The one latent for all states that the cross-entropy method finds.
 
@@ -58,7 +57,7 @@ def best_constant_latent(
     """
     per_candidate = settings.episodes_per_candidate
     total = settings.population * per_candidate
-    evaluator = Evaluator(system, base_params, total, seed, batch=total)
+    evaluator = Evaluator(system, base, total, seed, batch=total)
 
     def score(candidates, generation):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), generation), per_candidate)

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree, UInt
 
 from fpo_jax import buffer
-from fpo_jax.rollout import Episodes, RolloutState, System, rollout, start
+from fpo_jax.rollout import (
+    Episodes,
+    FeatureStats,
+    FrozenBase,
+    RolloutState,
+    System,
+    feature_stats,
+    rollout,
+    start,
+)
 from fpo_jax.types import Metrics, Params, Transition
 
 
@@ -16,6 +25,7 @@ class TrainState(NamedTuple):
     """All that changes during training; saving it and loading it continues bitwise."""
 
     agent: PyTree
+    features: FeatureStats | None  # of the frozen base, where it asks for them; constant
     rollout: RolloutState
     window: Transition  # [W, T, N]
     key: Key[Array, ""]
@@ -30,12 +40,19 @@ def init(system: System, base_params: Params) -> TrainState:
     agent_key, env_key, key = jax.random.split(jax.random.key(config.seed), 3)
     agent = system.algorithm.init(config, system.dims, agent_key)
     carry = start(system, jax.random.split(env_key, config.num_envs))
-    _, shapes, _ = jax.eval_shape(
-        partial(rollout, system, num_decisions=config.rollout.decisions), base_params, agent, carry, key
-    )
+    play = partial(rollout, system, num_decisions=config.rollout.decisions)
+    base, zero = FrozenBase(base_params), jnp.zeros((), jnp.uint32)
+    finished = executed = zero
+    if system.base.standardize:
+        # The untrained actor is the base: its first rollout gives the statistics and is not learned from.
+        _, transition, episodes = play(base, agent, carry, jax.random.fold_in(key, 0))
+        features = transition.state[..., : system.base.feature_dim].reshape(-1, system.base.feature_dim)
+        base = base._replace(features=feature_stats(features, transition.valid.reshape(-1)))
+        finished = jnp.sum(episodes.ended).astype(jnp.uint32)
+        executed = jnp.sum(episodes.executed).astype(jnp.uint32)
+    _, shapes, _ = jax.eval_shape(play, base, agent, carry, key)
     window = buffer.init(shapes, config.rollout.window)
-    zero = jnp.zeros((), jnp.uint32)
-    return TrainState(agent, carry, window, key, zero, zero, zero)
+    return TrainState(agent, base.features, carry, window, key, zero, finished, executed)
 
 
 def episode_metrics(episodes: Episodes) -> Metrics:
@@ -78,14 +95,16 @@ def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Arr
 def train_iteration(system: System, base_params: Params, state: TrainState) -> tuple[TrainState, Metrics]:
     """One round of Alg. 1: rollout, append to the window, update. Compiled once per run."""
     key, rollout_key, update_key = jax.random.split(state.key, 3)
+    base = FrozenBase(base_params, state.features)
     carry, transition, episodes = rollout(
-        system, base_params, state.agent, state.rollout, rollout_key, system.config.rollout.decisions
+        system, base, state.agent, state.rollout, rollout_key, system.config.rollout.decisions
     )
     window = buffer.append(state.window, transition)
     agent, update_metrics = update_phase(system, state.agent, window, update_key)
     episode = episode_metrics(episodes)
     state = TrainState(
         agent,
+        state.features,
         carry,
         window,
         key,

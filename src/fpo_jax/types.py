@@ -11,7 +11,7 @@ One *decision* t is one query of the base policy; it executes `execute_steps` co
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
@@ -100,6 +100,14 @@ class EnvSpec(NamedTuple):
         return -(-self.episode_length // self.execute_steps)
 
 
+class Camera(NamedTuple):
+    """What a base wants to see: one camera, rendered once per decision, resized with padding to a square."""
+
+    name: str  # the environment's own name of it, the key in `Observation.images`
+    size: int  # edge of the square image [pixels]
+    quality: Literal["official", "fast"] = "official"  # fast: no shadows, no multisampling
+
+
 class Dims(NamedTuple):
     """Sizes that an algorithm needs to build its networks."""
 
@@ -134,7 +142,19 @@ class BasePolicy(Protocol):
     def action_dim(self) -> int: ...  # A, width of the noise
 
     @property
+    def output_dim(self) -> int: ...  # a, width of the actions that `decode` returns
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...  # the environment's cameras that `encode` looks through
+
+    @property
+    def image_size(self) -> int: ...  # edge of the square images it wants [pixels], 0 without cameras
+
+    @property
     def feature_dim(self) -> int: ...  # size of the features that `encode` returns
+
+    @property
+    def standardize(self) -> bool: ...  # the features still need the statistics of a first rollout (rollout.py)
 
     def encode(self, params: Params, observation: Observation) -> tuple[Float[Array, "N f"], PyTree]: ...
 

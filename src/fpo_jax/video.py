@@ -9,18 +9,18 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from fpo_jax import analysis
 from fpo_jax.evaluate import Evaluator, Outcomes
-from fpo_jax.rollout import System, select_action, slot_keys
-from fpo_jax.types import EnvState, FpoError, Params
+from fpo_jax.rollout import FrozenBase, System, select_action, slot_keys
+from fpo_jax.types import EnvState, FpoError
 
 
 def _chunks(
-    system: System, base_params: Params, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
+    system: System, base: FrozenBase, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
 ) -> tuple[EnvState, Float[Array, "T N h a"]]:
     """The chunks that `evaluate` executed from these keys, and the states they began in."""
 
     def decide(state, slot_key):
         keys = slot_keys(slot_key, state.reward.shape[0])
-        chunk, _, _ = select_action(system, base_params, agent, state, keys)
+        chunk, _, _ = select_action(system, base, agent, state, keys)
         return system.env.step(state, chunk), chunk
 
     first = system.env.reset(env_keys)
@@ -35,7 +35,7 @@ def episode_qpos(
     from fpo_jax.envs.aloha_mujoco import simulate
 
     env_keys, key, column = evaluator.keys_of(episode)
-    first, chunks = jax.jit(partial(_chunks, system))(evaluator.base_params, agent, env_keys, key)
+    first, chunks = jax.jit(partial(_chunks, system))(evaluator.base, agent, env_keys, key)
     actions = np.asarray(chunks)[:, column, : system.env.spec.execute_steps]
     object_pose = first.observation.object_pose
     assert object_pose is not None  # ALOHA always shows it

@@ -1,10 +1,11 @@
 """Environments: batches of simulated tasks behind the `Env` protocol of `fpo_jax.types`."""
 
 import importlib.util
+from typing import Any
 
 import jax
 
-from fpo_jax.types import Env, FpoError, suggestion
+from fpo_jax.types import Camera, Env, FpoError, suggestion
 
 # Backends are imported by `make_env` alone: each needs packages or devices that the others don't.
 ENVS = {
@@ -14,29 +15,38 @@ ENVS = {
 
 
 def make_env(
-    name: str, physics: str = "auto", episode_length: int | None = None, execute_steps: int | None = None
+    name: str,
+    physics: str = "auto",
+    episode_length: int | None = None,
+    execute_steps: int | None = None,
+    camera: Camera | None = None,
 ) -> Env:
     """Build the environment `name` of ENVS on one of its physics backends; None keeps the task's own default [steps].
 
-    physics="auto": MuJoCo's C engine on CPU, MJX-Warp on NVIDIA GPUs where it is installed, else MJX.
+    physics="auto": MuJoCo's C engine on CPU, MJX-Warp on NVIDIA GPUs where it is installed, else MJX. With a camera,
+    the observations have its pictures.
+
+    Raises FpoError for what there is not, and where a camera finds no OpenGL library.
     """
     physics = resolve_physics(name, physics)
     lengths = {"episode_length": episode_length, "execute_steps": execute_steps}
-    lengths = {key: value for key, value in lengths.items() if value is not None}
-    for key, value in lengths.items():
+    options: dict[str, Any] = {key: value for key, value in lengths.items() if value is not None}
+    for key, value in options.items():
         if value < 1:
             raise FpoError(f"{key} must be at least 1 control step, not {value}.")
     if name == "point_mass":
         from fpo_jax.envs.point_mass import PointMass
 
-        return PointMass(**lengths)
+        if camera is not None:
+            raise FpoError("The environment 'point_mass' has no cameras: choose a base policy that needs none.")
+        return PointMass(**options)
     if physics == "mujoco":
         from fpo_jax.envs.aloha_mujoco import AlohaMujoco
 
-        return AlohaMujoco(**lengths)
+        return AlohaMujoco(camera=camera, **options)
     from fpo_jax.envs.aloha_mjx import AlohaMjx
 
-    return AlohaMjx(impl="warp" if physics == "warp" else "jax", **lengths)
+    return AlohaMjx(impl="warp" if physics == "warp" else "jax", camera=camera, **options)
 
 
 def resolve_physics(name: str, physics: str = "auto") -> str:

@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Key
 from mujoco import mjx
 
 from fpo_jax.envs import aloha
-from fpo_jax.envs.common import where_env
+from fpo_jax.envs.aloha_raycast import RayCaster
+from fpo_jax.envs.aloha_render import Eye, RenderPool
+from fpo_jax.envs.common import join, pieces, where_env
 from fpo_jax.flow import split_keys
-from fpo_jax.types import EnvState, FpoError
+from fpo_jax.types import Camera, EnvState, FpoError
 
 # Convex hull of a left finger in the frame of its body [m], without the part behind the pad, which the cube never
 # meets; right fingers are its mirror image in y. The inner face slopes from the pad to the tip.
@@ -86,9 +88,23 @@ def add_contact_sensors(spec: mujoco.MjSpec) -> None:
 
 
 class AlohaMjx:
-    """N ALOHA Transfer Cube environments as pure functions (the `Env` protocol of fpo_jax.types)."""
+    """N ALOHA Transfer Cube environments as pure functions (the `Env` protocol of fpo_jax.types).
 
-    def __init__(self, impl: str = "jax", episode_length: int = 300, execute_steps: int = 50):
+    With a camera, each state has one picture of where the decision ended (or the episode begins), drawn by OpenGL on
+    the host, as for the C engine, whatever the device; where that fails, the environment has a fault. With impl="warp"
+    there is a third quality, `raycast`: MJX-Warp's batch renderer, whose pictures look different (see `aloha_raycast`).
+
+    Raises FpoError for implementations and cameras that are not there, or where there is no OpenGL library.
+    """
+
+    def __init__(
+        self,
+        impl: str = "jax",
+        episode_length: int = 300,
+        execute_steps: int = 50,
+        camera: Camera | None = None,
+        renderer: RenderPool | None = None,
+    ):
         self.spec = aloha.spec(episode_length, execute_steps)
         self.impl = impl
         if impl == "jax":
@@ -100,17 +116,29 @@ class AlohaMjx:
             model_spec = mujoco.MjSpec.from_file(str(aloha.xml_path()))
         else:
             raise FpoError(f"AlohaMjx has the implementations 'jax' and 'warp', not {impl!r}.")
+        if camera is None:
+            self._eye = None
+        elif camera.quality == "raycast" and impl == "warp":
+            self._eye = RayCaster(camera)
+        else:
+            self._eye = Eye(camera, renderer)
         add_contact_sensors(model_spec)
         self._host_model = model_spec.compile()
         self._model = mjx.put_model(self._host_model, impl=impl)
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New episodes, each with the cube where its own key puts it."""
-        keys, draws = split_keys(keys)
-        return self.reset_to(jax.vmap(aloha.sample_cube_position)(draws), keys)
+        return self._with_images(self._start_anywhere(keys))
 
     def reset_to(self, cube_position: Float[Array, "N 3"], keys: Key[Array, " N"]) -> EnvState:
         """New episodes with the cube at `cube_position` [m]; `keys` decide the resets after them."""
+        return self._with_images(self._start(cube_position, keys))
+
+    def _start_anywhere(self, keys: Key[Array, " N"]) -> EnvState:
+        keys, draws = split_keys(keys)
+        return self._start(jax.vmap(aloha.sample_cube_position)(draws), keys)
+
+    def _start(self, cube_position: Float[Array, "N 3"], keys: Key[Array, " N"]) -> EnvState:
         qpos = jnp.asarray(aloha.initial_qpos(jnp.asarray(cube_position, jnp.float32)))
         still = jnp.zeros((len(qpos), self._host_model.nv))
         zeros = jnp.zeros(len(qpos), jnp.int32)
@@ -135,7 +163,7 @@ class AlohaMjx:
         fault = ~finite | ~_is_sane(physics)
         physics = where_env(fault, state.physics, physics)
         stepped = self._state(physics, jnp.where(fault, 0, reward), fault, steps, state.key)
-        return where_env(state.done, self.reset(state.key), stepped)
+        return self._with_images(where_env(state.done, self._start_anywhere(state.key), stepped))
 
     def qpos(self, state: EnvState) -> np.ndarray:
         """Joint positions [N, 23] in float64, on the host (for videos and analysis)."""
@@ -183,6 +211,31 @@ class AlohaMjx:
             control_steps=control_steps,
             env_id=jnp.zeros_like(control_steps),
             key=keys,
+        )
+
+    def _with_images(self, state: EnvState) -> EnvState:
+        """The state with its pictures, where there is a camera; one that cannot be drawn is a fault."""
+        eye = self._eye
+        if eye is None:
+            return state
+        if isinstance(eye, RayCaster):
+            images = {eye.camera.name: eye.look(state.physics.qpos)}
+            return state._replace(observation=state.observation._replace(images=images))
+
+        def look(qpos):
+            """The callback: NumPy only, never raises (an exception here could poison later callbacks)."""
+            return eye.collect([eye.look(row) for row in join(qpos).astype(np.float64)])
+
+        num_envs = len(state.reward)
+        shapes = jax.ShapeDtypeStruct((num_envs, *eye.shape), jnp.uint8), jax.ShapeDtypeStruct((num_envs,), bool)
+        images, broken = jax.pure_callback(look, shapes, pieces(state.physics.qpos))
+        return state._replace(
+            observation=state.observation._replace(images={eye.camera.name: images}),
+            reward=jnp.where(broken, 0.0, state.reward),
+            terminated=state.terminated & ~broken,
+            truncated=state.truncated & ~broken,
+            success=state.success & ~broken,
+            fault=state.fault | broken,
         )
 
 

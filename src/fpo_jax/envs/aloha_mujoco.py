@@ -7,7 +7,7 @@ state travels through it as pairs of uint32.
 
 import functools
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
 from fpo_jax.envs import aloha
-from fpo_jax.envs.common import num_cpus
+from fpo_jax.envs.aloha_render import Eye, RenderPool
+from fpo_jax.envs.common import join, num_cpus, pieces
 from fpo_jax.flow import split_keys
-from fpo_jax.types import EnvState
+from fpo_jax.types import Camera, EnvState
 
 # Everything the next step depends on. (mjSTATE_INTEGRATION adds the control, which every step sets anew, and external
 # forces, which are always zero here: four times the bytes for nothing.)
@@ -34,10 +35,6 @@ _BROKEN = [
         mujoco.mjtWarning.mjWARN_BADCTRL,
     )
 ]
-# A callback's operand above 100 KiB is copied by a thread of XLA's pool; when all of them wait for callbacks
-# (few cores, several devices) that is a deadlock. So operands are cut into pieces below that size.
-_OPERAND_BYTES = 64 * 1024
-
 _thread = threading.local()
 
 
@@ -154,13 +151,26 @@ def _step_row(state: np.ndarray, actions: np.ndarray) -> _Row:
 class AlohaMujoco:
     """N ALOHA Transfer Cube environments as pure functions (the `Env` protocol of fpo_jax.types).
 
-    `state.physics` is uint32 [N, 2 * state_size()]: the float64 physics state, bit for bit.
+    `state.physics` is uint32 [N, 2 * state_size()]: the float64 physics state, bit for bit. With a camera, each state
+    has one picture of where the decision ended (or the episode begins), equal to gym-aloha's pixel for pixel where its
+    quality is official and its size 0. `renderer` draws it, by default the pool that all environments share; where it
+    cannot, the environment has a fault.
+
+    Raises FpoError for a camera that is not there, or where there is no OpenGL library.
     """
 
-    def __init__(self, episode_length: int = 300, execute_steps: int = 50, num_threads: int | None = None):
+    def __init__(
+        self,
+        episode_length: int = 300,
+        execute_steps: int = 50,
+        num_threads: int | None = None,
+        camera: Camera | None = None,
+        renderer: RenderPool | None = None,
+    ):
         self.spec = aloha.spec(episode_length, execute_steps)
         load_model()  # before the threads start: they share it
         self._pool = ThreadPoolExecutor(num_threads or num_cpus(), "aloha")
+        self._eye = None if camera is None else Eye(camera, renderer)
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New episodes, each with the cube where its own key puts it."""
@@ -197,9 +207,13 @@ class AlohaMujoco:
             "fault": jax.ShapeDtypeStruct((num_envs,), bool),
             "control_steps": jax.ShapeDtypeStruct((num_envs,), jnp.int32),
         }
+        if self._eye is not None:
+            shapes["images"] = jax.ShapeDtypeStruct((num_envs, *self._eye.shape), jnp.uint8)
         operands = (physics, chunk.astype(jnp.float32), done, cube_position, control_steps)
-        out = jax.pure_callback(self._simulate, shapes, *map(_pieces, operands))
+        out = jax.pure_callback(self._simulate, shapes, *map(pieces, operands))
         observation = aloha.observe(out.pop("qpos"))
+        if self._eye is not None:
+            observation = observation._replace(images={self._eye.camera.name: out.pop("images")})
         terminated = out["reward"] == aloha.SUCCESS_REWARD
         return EnvState(
             **out,
@@ -211,14 +225,18 @@ class AlohaMujoco:
             key=keys,
         )
 
-    def _simulate(self, *pieces):
+    def _simulate(self, *operands):
         """The callback: NumPy only, never raises (an exception here could poison later callbacks)."""
-        physics, chunk, done, cube_position, control_steps = map(_join, pieces)
-        states = _as_float64(physics)
+        physics, chunk, done, cube_position, control_steps = map(join, operands)
         steps_left = self.spec.episode_length - control_steps  # the last chunk may be cut short
-        rows = self._pool.map(_run_row, states, chunk, done, cube_position.astype(np.float64), steps_left)
+        operands = (_as_float64(physics), chunk, done, cube_position.astype(np.float64), steps_left)
+        rows, pictures = zip(*self._pool.map(self._run_row, *operands), strict=True)
         state, reward, steps, fault = (np.array(column) for column in zip(*rows, strict=True))
-        return {
+        out = {}
+        if self._eye is not None:
+            out["images"], broken = self._eye.collect(pictures)
+            reward, fault = np.where(broken, 0, reward), fault | broken
+        return out | {
             "physics": state.view(np.uint32),
             "qpos": state[:, _QPOS].astype(np.float32),
             "reward": reward.astype(np.float32),
@@ -226,22 +244,14 @@ class AlohaMujoco:
             "control_steps": np.where(done, 0, control_steps + steps).astype(np.int32),
         }
 
-
-def _run_row(state, actions, done, cube_position, steps_left) -> _Row:
-    try:
-        return _reset_row(cube_position) if done else _step_row(state, actions[: max(steps_left, 0)])
-    except Exception:  # whatever went wrong is this environment's fault alone
-        return _Row(state, 0, 0, True)
+    def _run_row(self, state, actions, done, cube_position, steps_left) -> tuple[_Row, Future[np.ndarray] | None]:
+        """One environment's outcome, and a picture of it, which is drawn while others are still simulated."""
+        try:
+            row = _reset_row(cube_position) if done else _step_row(state, actions[: max(steps_left, 0)])
+        except Exception:  # whatever went wrong is this environment's fault alone
+            row = _Row(state, 0, 0, True)
+        return row, None if self._eye is None else self._eye.look(row.state[_QPOS])
 
 
 def _as_float64(physics: UInt32[np.ndarray, "N m"]) -> np.ndarray:
     return np.ascontiguousarray(physics).view(np.float64)
-
-
-def _pieces(operand: Array) -> list[Array]:
-    """Cut along the leading axis so that no piece is larger than `_OPERAND_BYTES`."""
-    return jnp.array_split(operand, max(1, -(-operand.nbytes // _OPERAND_BYTES)))
-
-
-def _join(pieces: list[Array]) -> np.ndarray:
-    return np.concatenate([np.asarray(piece) for piece in pieces])

@@ -4,7 +4,12 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
+
+# A callback's operand above 100 KiB is copied by a thread of XLA's pool; when all of them wait for callbacks
+# (few cores, several devices) that is a deadlock. So operands are cut into pieces below that size.
+_OPERAND_BYTES = 64 * 1024
 
 
 def num_cpus() -> int:
@@ -19,3 +24,13 @@ def where_env(mask: Bool[Array, " N"], on_true: PyTree, on_false: PyTree) -> PyT
         return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(choose, on_true, on_false)
+
+
+def pieces(operand: Array) -> list[Array]:
+    """An operand of a callback, cut along its leading axis so that no piece is larger than `_OPERAND_BYTES`."""
+    return jnp.array_split(operand, max(1, -(-operand.nbytes // _OPERAND_BYTES)))
+
+
+def join(pieces: list[Array]) -> np.ndarray:
+    """In the callback: the operand that `pieces` cut."""
+    return np.concatenate([np.asarray(piece) for piece in pieces])

@@ -1,27 +1,49 @@
 """Frozen base policies (`fpo_jax.types.BasePolicy`) and how to load one."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from fpo_jax.config import OpenpiOptions
+from fpo_jax.policies.openpi_configs import OPENPI_CONFIGS, read_openpi_config
 from fpo_jax.policies.point_mass import PointMassPolicy
-from fpo_jax.policies.small import SmallPolicy, load_policy
-from fpo_jax.types import FpoError, Params, suggestion
+from fpo_jax.policies.small import load_policy
+from fpo_jax.types import BasePolicy, FpoError, Params, suggestion
 
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "checkpoints"  # of a source checkout (pip install -e)
 ANALYTIC = {"point_mass": PointMassPolicy}  # bases that need no file
+OPENPI_FILE = "openpi.json"  # in a folder of ours: an openpi configuration, with params/ and assets/ beside it
 
 
 def load_base(
-    name_or_dir: str | Path, checkpoints_root: str | Path | None = None
-) -> tuple[SmallPolicy | PointMassPolicy, Params]:
-    """Loads a frozen base as (policy, params): by name (`checkpoints_root/<name>`, or `point_mass`) or by folder."""
+    name_or_dir: str | Path,
+    checkpoints_root: str | Path | None = None,
+    checkpoint: str | None = None,
+    options: OpenpiOptions | None = None,
+) -> tuple[BasePolicy, Params]:
+    """Loads a frozen base as (policy, params).
+
+    `name_or_dir`: a name in `checkpoints_root`, `point_mass`, a folder, a named openpi configuration, or a JSON file
+    that holds one; `checkpoint` (directory or bucket URL) and `options` are for openpi's. Raises FpoError.
+    """
     root = Path(CHECKPOINTS if checkpoints_root is None else checkpoints_root)
     name = str(name_or_dir)
+    config = OPENPI_CONFIGS.get(name)
+    if name.endswith(".json"):
+        config = read_openpi_config(name)
+    folder = root / name if (root / name).is_dir() else Path(name)
+    if (folder / OPENPI_FILE).is_file():
+        config = replace(read_openpi_config(folder / OPENPI_FILE), checkpoint=str(folder))
+    if config is not None:
+        from fpo_jax.policies.openpi import load_openpi
+
+        return load_openpi(config, checkpoint, options)
+    if checkpoint is not None:
+        raise FpoError(f"--checkpoint belongs to openpi bases, and {name!r} is none{suggestion(name, OPENPI_CONFIGS)}")
     if name in ANALYTIC:
         policy = ANALYTIC[name]()
         return policy, policy.init()
-    if (root / name).is_dir():
-        return load_policy(root / name)
-    if isinstance(name_or_dir, Path) or "/" in name or Path(name).is_dir():
-        return load_policy(name_or_dir)
-    known = sorted({*ANALYTIC, *(config.parent.name for config in root.glob("*/config.json"))})
+    if folder.is_dir() or "/" in name or isinstance(name_or_dir, Path):
+        return load_policy(folder)
+    shipped = (file.parent.name for kind in ("config.json", OPENPI_FILE) for file in root.glob(f"*/{kind}"))
+    known = sorted({*ANALYTIC, *OPENPI_CONFIGS, *shipped})
     raise FpoError(f"There is no base policy called '{name}' in {root}{suggestion(name, known)}")

@@ -25,7 +25,11 @@ class PointMassPolicy:
 
     horizon: int = 4
     action_dim: int = 2
+    output_dim: int = 2
     feature_dim: int = 4
+    standardize: bool = False
+    cameras: tuple[str, ...] = ()
+    image_size: int = 0
     persistence: float = 8.0  # [1/m]
     euler_steps: int = 10
 

@@ -108,6 +108,26 @@ class SmallPolicy:
         return self.proprio_dim + self.object_dim
 
     @property
+    def output_dim(self) -> int:
+        """Width of the actions that `decode` returns: this base's noise has the same."""
+        return self.action_dim
+
+    @property
+    def standardize(self) -> bool:
+        """The features come normalised by the demonstrations' statistics."""
+        return False
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """It sees no images."""
+        return ()
+
+    @property
+    def image_size(self) -> int:
+        """It sees no images."""
+        return 0
+
+    @property
     def network(self) -> ChunkDenoiser:
         """The Linen module whose weights are `params["network"]`."""
         return ChunkDenoiser(self.width, self.depth, self.condition_width, self.frequencies, self.spread)
@@ -150,9 +170,9 @@ class SmallPolicy:
 
 def check_action_space(policy: BasePolicy, spec: EnvSpec) -> None:
     """Raises `FpoError` where the policy's chunks don't fit the environment."""
-    if policy.action_dim != spec.action_dim:
+    if policy.output_dim != spec.action_dim:
         raise FpoError(
-            f"The base policy has {policy.action_dim} action dimensions, but {spec.name} takes {spec.action_dim}: "
+            f"The base policy has {policy.output_dim} action dimensions, but {spec.name} takes {spec.action_dim}: "
             "choose a base that was trained for this environment."
         )
     if policy.horizon < spec.execute_steps:
