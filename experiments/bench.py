@@ -54,10 +54,11 @@ from fpo_jax import train
 from fpo_jax.config import TrainConfig
 from fpo_jax.envs import make_env
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
+from fpo_jax.envs.aloha_render import shared_pool
 from fpo_jax.envs.common import num_cpus
 from fpo_jax.fit import build
 from fpo_jax.provenance import provenance
-from fpo_jax.rollout import System, observe, residual_noise, slot_keys
+from fpo_jax.rollout import FrozenBase, System, observe, residual_noise, slot_keys
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Params
 
@@ -223,25 +224,34 @@ def compiled_phases(system: System) -> dict[str, Callable]:
     return {name: jax.jit(part) for name, part in parts.items()}
 
 
+def cpu_clock(system: System) -> Callable[[], float]:
+    """CPU seconds of this process, and of those that render for it."""
+    if not system.base.cameras:
+        return time.process_time
+    pool = shared_pool()
+    return lambda: time.process_time() + pool.cpu_seconds()
+
+
 def phase_times(
-    system: System, phases: dict[str, Callable], base_params: Params, state: TrainState
+    system: System, phases: dict[str, Callable], base: FrozenBase, state: TrainState
 ) -> dict[str, tuple[float, float]]:
     """(CPU seconds, wall seconds) of each phase, summed over the decisions of one iteration."""
     spent = dict.fromkeys(phases, (0.0, 0.0))
+    clock = cpu_clock(system)
 
     def run(name: str, *inputs: Any) -> Any:
-        result, cpu, wall = timed(lambda: jax.block_until_ready(phases[name](*inputs)))
+        result, cpu, wall = timed(lambda: jax.block_until_ready(phases[name](*inputs)), clock)
         spent[name] = spent[name][0] + cpu, spent[name][1] + wall
         return result
 
     env_state = state.rollout.env
     for key in jax.random.split(state.key, system.config.rollout.decisions):
         keys = jax.block_until_ready(slot_keys(key, system.config.num_envs))
-        features, context = run("encode", base_params, env_state)
+        features, context = run("encode", base, env_state)
         sample = run("act", state.agent, features, keys)
-        chunk = run("decode", base_params, context, sample.latent, keys)
+        chunk = run("decode", base.params, context, sample.latent, keys)
         env_state = run("physics", env_state, chunk)
-    run("encode", base_params, env_state)  # the next state of the last decision
+    run("encode", base, env_state)  # the next state of the last decision
     run("update", state.agent, state.window, state.key)
     return spent
 
@@ -259,13 +269,15 @@ def iteration(args: Args, console: Console) -> list[Record]:
     iterate, phases = jax.jit(counted), compiled_phases(system)
     console.print(f"Compiling train_iteration: {args.train.env}, {args.train.num_envs} environments")
     state = jax.jit(partial(train.init, system))(base_params)
-    (state, _), first_cpu, first_wall = timed(lambda: jax.block_until_ready(iterate(base_params, state)))
-    phase_times(system, phases, base_params, state)  # compiles
+    clock = cpu_clock(system)
+    (state, _), first_cpu, first_wall = timed(lambda: jax.block_until_ready(iterate(base_params, state)), clock)
+    base = FrozenBase(base_params, state.features)
+    phase_times(system, phases, base, state)  # compiles
     whole, parts = [], []
     for number in range(args.repeats):
         console.print(f"Iterations: round {number + 1} of {args.repeats}")
-        parts.append(phase_times(system, phases, base_params, state))
-        (state, _), cpu, wall = timed(lambda state=state: jax.block_until_ready(iterate(base_params, state)))
+        parts.append(phase_times(system, phases, base, state))
+        (state, _), cpu, wall = timed(lambda state=state: jax.block_until_ready(iterate(base_params, state)), clock)
         whole.append((cpu, wall))
     about = {"env": args.train.env, "physics": type(system.env).__name__, "num_envs": args.train.num_envs}
 

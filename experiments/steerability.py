@@ -33,7 +33,7 @@ class Args:
     """Where the weights of an openpi base lie, as in train.py."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
     """How an openpi base is read, as in train.py."""
-    render: Literal["official", "fast"] = "official"
+    render: Literal["official", "fast", "raycast"] = "official"
     """Camera images, as in train.py."""
     episode_length: int | None = None
     """Control steps per episode; by default the environment's."""

@@ -169,6 +169,22 @@ def test_pictures_do_not_depend_on_the_number_of_processes(pool, single):
     assert len(np.unique(together, axis=0)) == len(qpos)
 
 
+def test_large_pictures_in_a_scan(pool):
+    """A callback's operands must be small, or it may wait for ever; its results may be large: 4 MB here."""
+    env = AlohaMujoco(episode_length=2, execute_steps=1, camera=Camera("top", 0, "fast"))
+    chunk = jnp.zeros((4, 50, 14))
+
+    @jax.jit
+    def rollout(state):
+        return jax.lax.scan(lambda state, _: (env.step(state, chunk), state.observation.images["top"]), state, length=4)
+
+    state, images = rollout(env.reset(jax.random.split(jax.random.key(0), 4)))
+    assert images.shape == (4, 4, 480, 640, 3) and not np.any(state.fault)
+    np.testing.assert_array_equal(
+        state.observation.images["top"][1], pool.render_rows(env.qpos(state), NATIVE._replace(quality="fast"))[1]
+    )
+
+
 def test_environments_without_cameras(pool):
     with pytest.raises(FpoError, match="'point_mass' has no cameras"):
         make_env("point_mass", camera=SMALL)

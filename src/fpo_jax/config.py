@@ -215,8 +215,9 @@ class TrainConfig:
     """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint."""
-    render: Literal["official", "fast"] = "official"
-    """Camera images, for bases that see: official as gym-aloha draws them; fast without shadows and multisampling."""
+    render: Literal["official", "fast", "raycast"] = "official"
+    """Camera images, for bases that see: official as gym-aloha draws them; fast without shadows and multisampling;
+    raycast by MJX-Warp on the GPU, which look different (physics=warp only)."""
     preset: str = "default"
     """Named settings, see PRESETS; options given beside it override it."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)

@@ -105,7 +105,8 @@ class Camera(NamedTuple):
 
     name: str  # the environment's own name of it, the key in `Observation.images`
     size: int  # edge of the square image [pixels]
-    quality: Literal["official", "fast"] = "official"  # fast: no shadows, no multisampling
+    # fast: no shadows, no multisampling; raycast: MJX-Warp's batch renderer, whose pictures look different
+    quality: Literal["official", "fast", "raycast"] = "official"
 
 
 class Dims(NamedTuple):
