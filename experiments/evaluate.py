@@ -27,6 +27,8 @@ class Args:
     """Episodes for each policy."""
     json: Path | None = None
     """File to write the result to."""
+    base_checkpoint: str | None = None
+    """Where the weights of an openpi base lie now; by default where they lay when the run began."""
     checkpoint: Literal["last", "best"] = "last"
     """last: the newest checkpoint; best: the one with the best success during training."""
     seed: int = 2_000_003
@@ -42,7 +44,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     if args.episodes < 1:
         raise FpoError(f"--episodes must be at least 1, not {args.episodes}.")
     shelf = "best" if args.checkpoint == "best" else "checkpoints"
-    config, system, base, state = load_run(args.run_dir, shelf)
+    config, system, base, state = load_run(args.run_dir, shelf, args.base_checkpoint)
     evaluator = Evaluator(system, base, args.episodes, args.seed)
     tuned = evaluator.play(state.agent)
     result = compare(evaluator.play_base(), tuned)

@@ -25,7 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import openpi_golden as golden
 from fpo_jax.policies import openpi_checkpoint
 from fpo_jax.policies.gemma import Gemma, GemmaConfig
-from fpo_jax.policies.openpi_checkpoint import load_norm_stats, locate, merge_lora, restore_params, save_params
+from fpo_jax.policies.openpi_checkpoint import load_norm_stats, merge_lora, restore_params, save_params
+from fpo_jax.policies.storage import locate, plain_errors
 from fpo_jax.policies.transforms import NormStats
 from fpo_jax.types import FpoError
 
@@ -643,6 +644,6 @@ def test_a_bug_stays_a_bug(saved, monkeypatch):
 
 def test_bucket_lost_while_reading(monkeypatch):
     error = ValueError("UNAVAILABLE: CURL error Couldn't resolve host name")
-    place = openpi_checkpoint.locate("gs://bucket/pi0")
-    with pytest.raises(FpoError, match="can't be reached"), openpi_checkpoint._plain_errors(place):
+    place = locate("gs://bucket/pi0")
+    with pytest.raises(FpoError, match="can't be reached"), plain_errors(place):
         raise error

@@ -12,7 +12,6 @@ from fpo_jax.policies.openpi_configs import (
     OPENPI_CONFIGS,
     OpenpiConfig,
     from_dict,
-    openpi_config,
     read_openpi_config,
     to_dict,
     write_openpi_config,
@@ -106,12 +105,6 @@ def test_public_weights():
         "pi05_aloha_pen_uncap": "",
         "pi0_libero_low_mem_finetune": "",
     }
-
-
-def test_configuration_by_name():
-    assert openpi_config("pi05_libero").model.horizon == 10
-    with pytest.raises(FpoError, match=r"no openpi configuration called 'pi5_libero'; did you mean 'pi05_libero'\?"):
-        openpi_config("pi5_libero")
 
 
 @pytest.mark.parametrize("config", [*OPENPI_CONFIGS.values(), EXPLICIT])

@@ -9,7 +9,7 @@ import pytest
 
 from fpo_jax.config import OpenpiOptions
 from fpo_jax.policies import load_base
-from fpo_jax.policies.openpi import OpenpiPolicy, load_openpi
+from fpo_jax.policies.openpi import OpenpiPolicy, open_openpi
 from fpo_jax.policies.pi0 import Pi0, sample_actions
 from fpo_jax.types import BasePolicy, FpoError, Observation
 from tiny import jit
@@ -122,9 +122,14 @@ def test_several_latents_share_one_prefix(loaded, encoded):
     policy, params = loaded
     noises = jnp.stack([noise(seed) for seed in range(4)])
     many = jax.vmap(policy.decode, in_axes=(None, None, 0))
-    text = str(jax.make_jaxpr(many)(params, encoded[1], noises))
-    assert "conv_general_dilated" not in text  # the image tower's first layer
-    assert "conv_general_dilated" in str(jax.make_jaxpr(policy.encode)(params, observation()))
+    # Nothing of the prefix is read: its weights may be anything.
+    text = jax.tree_util.keystr
+    poisoned = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if "_1" in text(path) or "PaliGemma" not in text(path) else leaf * jnp.nan,
+        params["model"],
+    )
+    assert bool(jnp.isnan(poisoned["PaliGemma"]["llm"]["layers"]["attn"]["q_einsum"]["w"]).all())
+    assert bool(jnp.isfinite(jit(many)(params | {"model": poisoned}, encoded[1], noises)).all())
     together = jit(many)(params, encoded[1], noises)
     for one, chunk in zip(noises, together, strict=True):
         close(chunk, jit(policy.decode)(params, encoded[1], one), atol=2e-5)
@@ -175,15 +180,23 @@ def test_loading_names_what_is_wrong(folder, tmp_path):
     with pytest.raises(FpoError, match="did you mean 'pi0_aloha_sim'"):
         load_base("pi0_aloha_sin")
     with pytest.raises(FpoError, match=r"--openpi\.prompt"):
-        load_openpi(replace(ALOHA, prompt=None, checkpoint=str(folder)))
+        open_openpi(replace(ALOHA, prompt=None, checkpoint=str(folder)))
     with pytest.raises(FpoError, match="'legs': choose one of arms"):
         load_base(folder, options=OpenpiOptions(asset_id="legs"))
     with pytest.raises(FpoError, match=r"tokens, but the model knows 32"):
-        load_openpi(replace(ALOHA, model=replace(MODEL, vocab_size=32), checkpoint=str(folder)))
+        open_openpi(replace(ALOHA, model=replace(MODEL, vocab_size=32), checkpoint=str(folder)))
     with pytest.raises(FpoError, match="There is no checkpoint at"):
         load_base("pi0_aloha_sim", checkpoint=str(tmp_path / "nowhere"))
-    with pytest.raises(FpoError):
-        load_base("pi0_aloha_sim", checkpoint=str(folder))  # a real configuration on the micro model's weights
+    with pytest.raises(FpoError, match=r"has shape \(8,\), but this configuration's has \(1152,\)"):
+        # A real configuration on the micro model's weights.
+        load_base("pi0_aloha_sim", checkpoint=str(folder), options=OpenpiOptions(asset_id="arms"))
+    for place in (str(folder / "params"), "gs://bucket/pi0"):
+        with pytest.raises(FpoError, match=r"--base pi0_aloha_sim --checkpoint "):
+            load_base(place)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "model.safetensors").touch()
+    with pytest.raises(FpoError, match="is a PyTorch checkpoint"):
+        load_base("pi0_aloha_sim", checkpoint=str(tmp_path / "torch"))
 
 
 def test_a_configuration_file_with_weights_elsewhere(folder):
@@ -200,4 +213,4 @@ def test_bfloat16_on_request(folder):
     assert features.dtype == chunk.dtype == jnp.float32
     reference, reference_params = load_base(folder)
     _, context = jit(reference.encode)(reference_params, observation())
-    close(chunk, jit(reference.decode)(reference_params, context, noise()), atol=0.02)
+    close(chunk, jit(reference.decode)(reference_params, context, noise()), atol=0.005)  # a tenth of the actions' std

@@ -184,6 +184,9 @@ def test_feature_statistics_are_over_valid_decisions_with_a_floor():
     close(stats.std, [1.0, 1e-3 * 10 + 1e-6], rtol=1e-6)  # the second dimension never moved
     close(standardize(stats, features[:2]), [[-1.0, 0.0], [1.0, 0.0]])
     assert standardize(stats, features[2:])[0].tolist() == [10.0, -10.0]  # cut off
+    broken = jnp.array([[1.0, 10.0], [3.0, 10.0], [jnp.nan, jnp.inf]])
+    close(feature_stats(broken, jnp.array([True, True, False])).mean, [2.0, 10.0])
+    assert np.isnan(feature_stats(features, jnp.zeros(3, bool)).mean).all()  # nothing to go by
 
 
 def test_a_base_without_statistics_shows_its_features_as_they_are():

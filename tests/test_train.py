@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from fpo_jax import train
+from fpo_jax.algorithms import fixed
 from fpo_jax.config import PRESETS
-from fpo_jax.rollout import Episodes, FrozenBase, feature_stats, standardize
+from fpo_jax.rollout import Episodes, FrozenBase, base_system, feature_stats, standardize
 from tiny import TINY, begin_training, iterate, jit, make_system, run_rollout, shrink
 
 EPISODE_METRICS = {"success_rate", "return", "episode_length", "invalid_episodes"}
@@ -169,9 +170,10 @@ def test_a_base_that_asks_for_it_gets_statistics_of_its_first_rollout():
     assert (first.iteration, first.env_steps > 0) == (0, True)  # what it cost is counted
     second, _ = iterate(system, {}, first)
     chex.assert_trees_all_equal(first.features, second.features)
-    # They are those of a rollout that nothing is learned from ...
-    key = jax.random.fold_in(first.key, 0)
-    _, transition, _ = run_rollout(system, FrozenBase({}), first.agent, first.rollout, key, 5)
+    # They are those of whole episodes of the base alone ...
+    alone, key = base_system(system), jax.random.fold_in(jax.random.key(TINY.seed), 3)
+    assert system.env.spec.decisions <= 5 == TINY.rollout.decisions
+    _, transition, _ = run_rollout(alone, FrozenBase({}), fixed.base(system.dims.latent), first.rollout, key, 5)
     features, valid = transition.state[..., :4].reshape(-1, 4), transition.valid.reshape(-1)
     chex.assert_trees_all_close(first.features, feature_stats(features, valid), rtol=1e-5)
     # ... and the learner sees its states through them.

@@ -303,6 +303,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 _AT_LEAST_ONE = (
     *("iterations", "num_envs", "latent.rank", "actor.sampler_steps", "actor.cfm_draws", "critic.num_critics"),
+    "openpi.denoise_steps",
     *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
     "saving.every",
 )

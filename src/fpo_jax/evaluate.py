@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fpo_jax.algorithms import fixed
 from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
-from fpo_jax.rollout import FrozenBase, System, rollout, start
+from fpo_jax.rollout import FrozenBase, System, base_system, rollout, start
 
 
 class Outcomes(NamedTuple):
@@ -80,9 +80,7 @@ class Evaluator:
     @cached_property
     def base_system(self) -> System:
         """The frozen base: N(0, I) in a latent space that keeps its noise distribution, as `repeat` does not."""
-        space = self.system.latent_space
-        space = replace(space, space="full") if space.space == "repeat" else space
-        return replace(self.fixed_system, latent_space=space)
+        return base_system(self.system)
 
     @property
     def base_agent(self) -> fixed.FixedLatent:

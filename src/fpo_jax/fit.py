@@ -25,7 +25,8 @@ from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.evaluate import Evaluator, compare
 from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
-from fpo_jax.policies import load_base
+from fpo_jax.policies import open_base
+from fpo_jax.policies.openpi import compute_dtype
 from fpo_jax.policies.small import check_action_space
 from fpo_jax.provenance import provenance, tree_crc32
 from fpo_jax.rollout import FrozenBase, System
@@ -40,28 +41,42 @@ _FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint")  # on resume
 def build(config: TrainConfig) -> tuple[System, Params]:
     """Environment, frozen base, latent space and algorithm of a configuration. Raises FpoError for unknown names."""
     check(config)
-    resolve_physics(config.env, config.physics)  # a wrong name shows before a large base is loaded
-    base, base_params = load_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
+    resolve_physics(config.env, config.physics)
+    base, load = open_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
     camera = Camera(base.cameras[0], base.image_size, config.render) if base.cameras else None
     env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, camera)
     check_action_space(base, env.spec)
     steered = base.action_dim if config.latent.steer_padding else min(base.action_dim, base.output_dim)
     space = LatentSpace(config.latent.space, base.horizon, steered, config.latent.rank)
-    return System(config, env, base, space, ALGORITHMS[config.algorithm]), base_params
+    return System(config, env, base, space, ALGORITHMS[config.algorithm]), load()
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    return Path("runs") / f"{config.env}-{config.preset}-s{config.seed}"
+    base = f"-{Path(config.base).stem}" if config.base else ""
+    return Path("runs") / f"{config.env}{base}-{config.preset}-s{config.seed}"
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The configuration as a run keeps it: what depends on this machine is decided, local paths are absolute."""
+    where = config.checkpoint
+    return replace(
+        config,
+        physics=resolve_physics(config.env, config.physics),
+        checkpoint=str(Path(where).expanduser().resolve()) if where and "://" not in where else where,
+        openpi=replace(config.openpi, dtype=compute_dtype(config.openpi.dtype)),
+    )
 
 
 def load_run(
-    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints"
+    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints", base_checkpoint: str | None = None
 ) -> tuple[TrainConfig, System, FrozenBase, TrainState]:
     """(config, system, base, state) of a run at its newest whole checkpoint on `shelf`.
 
-    Raises FpoError where the directory holds no run or no whole checkpoint.
+    `base_checkpoint`: where the weights of an openpi base lie now, if not where they did when the run began.
+    Raises FpoError where the directory holds no run or no whole checkpoint, or the base is another one.
     """
     config = read_config(run_dir)
+    config = replace(config, checkpoint=base_checkpoint or config.checkpoint)
     step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
         raise FpoError(
@@ -234,15 +249,20 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 
     Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
     """
-    config = replace(config, physics=resolve_physics(config.env, config.physics))
+    config = settled(config)
     run_dir = Path(config.run_dir or default_run_dir(config))
+    say = console.print if console else lambda *_, **__: None
+    if config.base and not config.resume:
+        say(f"Loading the base {config.base} ...", markup=False)
     if config.resume:
         step, system, base_params, state = _resume(config, run_dir)
     elif (run_dir / "config.json").exists():
         raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
     else:
         system, base_params = build(config)
-        step, state = None, jax.jit(partial(train.init, system))(base_params)
+        if system.base.standardize:
+            say("Playing the base once for the statistics of its features ...")
+        step, state = None, _begin(system, base_params)
     with RunLogger(
         run_dir,
         iterations=config.iterations,
@@ -264,9 +284,19 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
         return _finish(system, base_params, state, run)
 
 
+def _begin(system: System, base_params: Params) -> TrainState:
+    state = jax.jit(partial(train.init, system))(base_params)
+    if state.features is not None and not np.isfinite(state.features.mean).all():
+        raise FpoError(
+            "The base's features have no statistics: every simulation broke in its first rollout, or they are not "
+            "finite. Look at one episode of this base first, and at --render."
+        )
+    return state
+
+
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
     check_resumable(read_config(run_dir), config)
-    _, system, base, state = load_run(run_dir)
+    _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
     if step > config.iterations or finished:
@@ -281,9 +311,17 @@ def _opening(system: System, run_dir: Path, step: int | None) -> str:
     begin = f"resuming after iteration {step}" if step else "compiling the first iteration"
     return (
         f"{config.algorithm} on {spec.name} ({type(system.env).__name__}, {jax.default_backend()}), preset "
-        f"{config.preset}, {config.num_envs} environments, latent {config.latent.space} D={system.dims.latent}; "
+        f"{config.preset}, {config.num_envs} environments, {_base_in_words(system)}latent {config.latent.space} "
+        f"D={system.dims.latent}; "
         f"run directory {run_dir}; {begin} ..."
     )
+
+
+def _base_in_words(system: System) -> str:
+    base, config = system.base, system.config
+    if not base.cameras:
+        return ""
+    return f"base {config.base} ({config.openpi.dtype}, sees {', '.join(base.cameras)}), "
 
 
 def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> TrainState:

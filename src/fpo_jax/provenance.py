@@ -44,6 +44,8 @@ def tree_crc32(tree: Params) -> int:
     """CRC-32 over the bytes of all leaves, to tell whether two trees hold the same numbers."""
     crc = 0
     for leaf in jax.tree.leaves(tree):
-        # A view, not a copy: one leaf of a full-size π0 has more than 2 GB.
-        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, crc)
+        # In parts, which are forgotten at once: one leaf of a full-size π0 has more than 2 GB, and a device array
+        # keeps its copy on the host.
+        for part in leaf if leaf.ndim > 1 else [leaf]:
+            crc = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, crc)
     return crc

@@ -1,12 +1,13 @@
 """Gathering experience: one decision of N environments, and T of them as a scan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fpo_jax.algorithms import fixed
 from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.flow import split_keys
 from fpo_jax.latent import LatentSpace
@@ -63,6 +64,16 @@ class RolloutState(NamedTuple):
     episode_discount: Float[Array, " N"]  # γ^t
 
 
+def base_system(system: System) -> System:
+    """The frozen base in place of the actor: `algorithms.fixed`, in a space that keeps its noise's distribution.
+
+    `repeat` does not keep it; its agent is `fixed.base(base_system(system).dims.latent)`.
+    """
+    space = system.latent_space
+    space = replace(space, space="full") if space.space == "repeat" else space
+    return replace(system, algorithm=fixed, latent_space=space)
+
+
 def start(system: System, keys: Key[Array, " N"]) -> RolloutState:
     """Fresh episodes in all N environments."""
     num = keys.shape[0]
@@ -72,12 +83,17 @@ def start(system: System, keys: Key[Array, " N"]) -> RolloutState:
 def feature_stats(features: Float[Array, "B f"], valid: Bool[Array, " B"]) -> FeatureStats:
     """Mean and standard deviation over the valid decisions.
 
-    A dimension that hardly moves would turn the rounding of a bfloat16 encoder into a large input: 1e-3 of its mean is
-    the least standard deviation.
+    NaN where none is valid. A dimension that hardly moves would turn the rounding of a bfloat16 encoder into a large
+    input: 1e-3 of its mean is the least standard deviation.
     """
-    weight = valid / jnp.maximum(jnp.sum(valid), 1)
-    mean = weight @ features
-    variance = weight @ jnp.square(features - mean[None])
+    count = jnp.sum(valid)
+    count = jnp.where(count > 0, count, jnp.nan)
+
+    def mean_of(x: Float[Array, "B f"]) -> Float[Array, " f"]:
+        return jnp.sum(jnp.where(valid[:, None], x, 0.0), axis=0) / count  # accelerators round matrix products
+
+    mean = mean_of(features)
+    variance = mean_of(jnp.square(features - mean[None]))
     return FeatureStats(mean, jnp.maximum(jnp.sqrt(variance), 1e-3 * jnp.abs(mean) + 1e-6))
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree, UInt
 
 from fpo_jax import buffer
+from fpo_jax.algorithms import fixed
 from fpo_jax.rollout import (
     Episodes,
     FeatureStats,
     FrozenBase,
     RolloutState,
     System,
+    base_system,
     feature_stats,
     rollout,
     start,
@@ -40,19 +42,26 @@ def init(system: System, base_params: Params) -> TrainState:
     agent_key, env_key, key = jax.random.split(jax.random.key(config.seed), 3)
     agent = system.algorithm.init(config, system.dims, agent_key)
     carry = start(system, jax.random.split(env_key, config.num_envs))
-    play = partial(rollout, system, num_decisions=config.rollout.decisions)
-    base, zero = FrozenBase(base_params), jnp.zeros((), jnp.uint32)
-    finished = executed = zero
+    zero = jnp.zeros((), jnp.uint32)
+    base, finished, executed = FrozenBase(base_params), zero, zero
     if system.base.standardize:
-        # The untrained actor is the base: its first rollout gives the statistics and is not learned from.
-        _, transition, episodes = play(base, agent, carry, jax.random.fold_in(key, 0))
-        features = transition.state[..., : system.base.feature_dim].reshape(-1, system.base.feature_dim)
-        base = base._replace(features=feature_stats(features, transition.valid.reshape(-1)))
-        finished = jnp.sum(episodes.ended).astype(jnp.uint32)
-        executed = jnp.sum(episodes.executed).astype(jnp.uint32)
+        base, episodes = standardized(system, base, carry)
+        finished, executed = (jnp.sum(x).astype(jnp.uint32) for x in (episodes.ended, episodes.executed))
+    play = partial(rollout, system, num_decisions=config.rollout.decisions)
     _, shapes, _ = jax.eval_shape(play, base, agent, carry, key)
     window = buffer.init(shapes, config.rollout.window)
     return TrainState(agent, base.features, carry, window, key, zero, finished, executed)
+
+
+def standardized(system: System, base: FrozenBase, carry: RolloutState) -> tuple[FrozenBase, Episodes]:
+    """The base with its feature statistics, over whole episodes that it plays alone, and these episodes."""
+    alone = base_system(system)
+    decisions = max(system.config.rollout.decisions, system.env.spec.decisions)
+    key = jax.random.fold_in(jax.random.key(system.config.seed), 3)  # `init` splits the same key in three
+    _, transition, episodes = rollout(alone, base, fixed.base(alone.dims.latent), carry, key, decisions)
+    size = system.base.feature_dim
+    features = transition.state[..., :size].reshape(-1, size)
+    return base._replace(features=feature_stats(features, transition.valid.reshape(-1))), episodes
 
 
 def episode_metrics(episodes: Episodes) -> Metrics:

@@ -1,5 +1,6 @@
 """Frozen base policies (`fpo_jax.types.BasePolicy`) and how to load one."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,18 @@ def load_base(
     checkpoint: str | None = None,
     options: OpenpiOptions | None = None,
 ) -> tuple[BasePolicy, Params]:
-    """Loads a frozen base as (policy, params).
+    """Loads a frozen base as (policy, params); see `open_base`."""
+    policy, load = open_base(name_or_dir, checkpoints_root, checkpoint, options)
+    return policy, load()
+
+
+def open_base(
+    name_or_dir: str | Path,
+    checkpoints_root: str | Path | None = None,
+    checkpoint: str | None = None,
+    options: OpenpiOptions | None = None,
+) -> tuple[BasePolicy, Callable[[], Params]]:
+    """(policy, what loads its params): a large base can be checked against its environment before it is read.
 
     `name_or_dir`: a name in `checkpoints_root`, `point_mass`, a folder, a named openpi configuration, or a JSON file
     that holds one; `checkpoint` (directory or bucket URL) and `options` are for openpi's. Raises FpoError.
@@ -34,16 +46,21 @@ def load_base(
     if (folder / OPENPI_FILE).is_file():
         config = replace(read_openpi_config(folder / OPENPI_FILE), checkpoint=str(folder))
     if config is not None:
-        from fpo_jax.policies.openpi import load_openpi
+        from fpo_jax.policies.openpi import open_openpi
 
-        return load_openpi(config, checkpoint, options)
+        return open_openpi(config, checkpoint, options)
+    if "://" in name or (folder / "params").is_dir() or (folder / "_METADATA").is_file():
+        raise FpoError(
+            f"{name} holds weights, and nothing in them says which model they are of: name its configuration beside "
+            f"it, as in --base pi0_aloha_sim --checkpoint {name}."
+        )
     if checkpoint is not None:
         raise FpoError(f"--checkpoint belongs to openpi bases, and {name!r} is none{suggestion(name, OPENPI_CONFIGS)}")
     if name in ANALYTIC:
-        policy = ANALYTIC[name]()
-        return policy, policy.init()
+        return ANALYTIC[name](), ANALYTIC[name]().init
     if folder.is_dir() or "/" in name or isinstance(name_or_dir, Path):
-        return load_policy(folder)
+        policy, params = load_policy(folder)
+        return policy, lambda: params
     shipped = (file.parent.name for kind in ("config.json", OPENPI_FILE) for file in root.glob(f"*/{kind}"))
     known = sorted({*ANALYTIC, *OPENPI_CONFIGS, *shipped})
     raise FpoError(f"There is no base policy called '{name}' in {root}{suggestion(name, known)}")

@@ -4,6 +4,7 @@
 state, action tokens) on it, so several latents for one observation cost one prefix.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -11,13 +12,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 
 from fpo_jax.config import OpenpiOptions
-from fpo_jax.policies.openpi_checkpoint import load_norm_stats, locate, restore_params
+from fpo_jax.policies.openpi_checkpoint import checkpoint_root, load_norm_stats, params_folder, restore_params
 from fpo_jax.policies.openpi_configs import OpenpiConfig
 from fpo_jax.policies.pi0 import Pi0, Prefix, param_shapes, sample_actions
+from fpo_jax.policies.storage import locate
 from fpo_jax.policies.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from fpo_jax.policies.transforms import CAMERAS, STATE_DIM, RobotTransform, images_to_float, resize_with_pad
 from fpo_jax.types import FpoError, Observation, Params
@@ -85,13 +86,10 @@ class OpenpiPolicy:
         """The Linen module whose weights are `params["model"]`."""
         return Pi0(self.config.model)
 
-    @cached_property
+    @property
     def transform(self) -> RobotTransform:
         """From the robot's units to the model's and back."""
-        config = self.config
-        return RobotTransform(
-            config.robot, config.normalisation, config.model.action_dim, config.adapt_to_pi, config.delta_actions
-        )
+        return self.config.transform
 
     def encode(self, params: Params, observation: Observation) -> tuple[Float[Array, "N f"], Context]:
         """Runs the prefix once: (features, context). Raises FpoError where a camera is missing."""
@@ -138,6 +136,8 @@ class OpenpiPolicy:
         num = len(state)
         if observation.prompt is not None:
             assert observation.prompt_mask is not None
+            if self.tokenizer is not None:
+                raise FpoError("This base writes the robot state into its prompt: the environment must not give one.")
             return observation.prompt, observation.prompt_mask
         if self.tokenizer is None:
             ids = jnp.asarray(self.prompt, jnp.int32)
@@ -157,7 +157,8 @@ class OpenpiPolicy:
         hidden = hidden.astype(jnp.float32)
         if self.features == "mean":
             weight = mask / jnp.sum(mask, axis=-1, keepdims=True)
-            return jnp.einsum("np,npw->nw", weight, jnp.where(mask[..., None], hidden, 0.0))
+            hidden = jnp.where(mask[..., None], hidden, 0.0)
+            return jnp.einsum("np,npw->nw", weight, hidden, precision=jax.lax.Precision.HIGHEST)
         if self.features == "last_token":
             last = hidden.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -171,12 +172,13 @@ def compute_dtype(name: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_openpi(
+def open_openpi(
     config: OpenpiConfig, checkpoint: str | None = None, options: OpenpiOptions | None = None
-) -> tuple[OpenpiPolicy, Params]:
-    """(policy, params) of an openpi checkpoint: a directory or bucket URL, by default the configuration's own.
+) -> tuple[OpenpiPolicy, Callable[[], Params]]:
+    """(policy, what loads its params) of an openpi checkpoint: a directory or bucket URL, by default the public one.
 
-    Raises FpoError naming what is missing: weights, normalisation statistics, tokenizer, prompt.
+    All but the weights is read at once. Raises FpoError naming what is missing: checkpoint, statistics, tokenizer,
+    prompt; and so does the loading.
     """
     options = options or OpenpiOptions()
     directory = locate(checkpoint or config.checkpoint)
@@ -188,16 +190,16 @@ def load_openpi(
         asset_id=options.asset_id or config.asset_id,
     )
     if config.prompt is None:
-        raise FpoError("This base has no task of its own: say in words what to do with --openpi.prompt.")
+        raise FpoError("This base has no task of its own: give it in words, as in --openpi.prompt 'Transfer cube'.")
+    params_folder(directory)  # a wrong directory is said to be one, before what it lacks
     norm = load_norm_stats(directory, config.asset_id)
-    beside = epath.Path(directory) / TOKENIZER_FILE
+    beside = checkpoint_root(directory)[0] / TOKENIZER_FILE
     tokenizer = load_tokenizer(options.tokenizer or (str(beside) if beside.exists() else None))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise FpoError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, but the model knows {config.model.vocab_size}: give the "
             "one that the checkpoint was trained with by --openpi.tokenizer."
         )
-    model = restore_params(directory, param_shapes(config.model), dtype=jnp.dtype(dtype), merge_lora=options.merge_lora)
     writes_state = config.model.pi05 and config.discrete_state_input
     ids, mask = tokenizer.tokenize(config.prompt, None, config.max_token_len)
     policy = OpenpiPolicy(
@@ -208,4 +210,10 @@ def load_openpi(
         features=options.features,
         denoise_steps=options.denoise_steps,
     )
-    return policy, {"model": model, "norm": norm}
+
+    def load() -> Params:
+        shapes = param_shapes(config.model)
+        model = restore_params(directory, shapes, dtype=jnp.dtype(dtype), merge_lora=options.merge_lora)
+        return {"model": model, "norm": norm}
+
+    return policy, load

@@ -7,9 +7,7 @@
 Training stores every leaf under one more component, `value`. Format: openpi 15a9616 (Apache-2.0); the code is our own.
 """
 
-import contextlib
 import errno
-import logging
 import math
 import os
 import shutil
@@ -26,11 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from fpo_jax.policies.storage import children_of, is_remote, locate, names_in, plain_errors
 from fpo_jax.policies.transforms import NormStats, dump_norm_stats, parse_norm_stats
 from fpo_jax.types import FpoError, Params
 
 _BATCH_BYTES = 2**30  # leaves are read together up to this size: few round trips, and little memory beside the result
-_SCHEMES = ("gs", "s3", "az", "hf")  # of the URLs that etils.epath reads
 
 
 class _Stored(NamedTuple):
@@ -64,7 +62,7 @@ def restore_params(
     to the rank) to the plain weights. Leaves that `shapes` lacks are never read. Raises FpoError where the checkpoint
     is not reachable, not whole, or not this model's.
     """
-    folder = _params_folder(directory)
+    folder = params_folder(directory)
     handler = ocp.PyTreeCheckpointHandler()  # not a Checkpointer: that one refuses buckets without its own marker file
     stored = _stored_leaves(folder, handler)
     wanted = _flat(shapes)
@@ -95,7 +93,7 @@ def restore_params(
 
 def _stored_leaves(folder: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> dict[str, _Stored]:
     """The model's path of every array in the checkpoint, without `params` and `value`."""
-    with _plain_errors(folder):
+    with plain_errors(folder):
         tree = handler.metadata(folder).tree
         leaves: dict[tuple[str, ...], Any] = {
             tuple(map(str, keys)): leaf for keys, leaf in flatten_dict(tree).items() if hasattr(leaf, "shape")
@@ -188,7 +186,7 @@ def _read(
     """Exactly these leaves, in these dtypes and shardings."""
     arguments = {keys: ocp.ArrayRestoreArgs(dtype=dtype, sharding=where) for keys, (dtype, where) in leaves.items()}
     item = unflatten_dict(dict.fromkeys(leaves, 0))
-    with _plain_errors(folder):
+    with plain_errors(folder):
         restore = ocp.args.PyTreeRestore(item, restore_args=unflatten_dict(arguments), partial_restore=True)
         restored: Any = flatten_dict(handler.restore(folder, args=restore))
         return dict(restored)
@@ -255,14 +253,14 @@ def load_norm_stats(directory: str | os.PathLike[str], asset_id: str) -> dict[st
     Raises FpoError that lists the asset ids that are there, or where the file is damaged.
     """
     path = locate(directory)
-    if _is_remote(path) and not _is_remote(cached := locate(path / "assets")):
+    if is_remote(path) and not is_remote(cached := locate(path / "assets")):
         path = cached.parent
-    top, names = _top(path)
+    top, names = checkpoint_root(path)
     if not names:
         raise FpoError(f"There is no checkpoint at {top}: give a directory that has assets/, or a gs:// URL.")
     assets = top / "assets"
     file = assets / asset_id / "norm_stats.json"
-    with _plain_errors(file):
+    with plain_errors(file):
         try:
             text = file.read_text()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -310,64 +308,31 @@ def save_params(
 # --- where things are -----------------------------------------------------------------------------------------------
 
 
-def locate(url_or_path: str | os.PathLike[str]) -> epath.Path:
-    """The absolute path, or a URL's copy in openpi's download cache where there is one, else the URL.
-
-    The cache is `$OPENPI_DATA_HOME` (default ~/.cache/openpi)/bucket/path. A copy of only the weights or only the
-    statistics doesn't count as a checkpoint's.
-    """
-    text = os.fspath(url_or_path).rstrip("/")
-    if not text:
-        raise FpoError("This configuration has no public weights: give the directory of a checkpoint (--checkpoint).")
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return epath.Path(text).expanduser().resolve()
-    if scheme not in _SCHEMES:
-        raise FpoError(f"{text} can't be read: give a local directory or a bucket URL such as gs://bucket/path.")
-    home = epath.Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser().resolve()
-    cached = home / rest
-    whole = cached.is_dir() and (cached / "params").is_dir() == (cached / "assets").is_dir()
-    return cached if whole else epath.Path(text)
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
-
-
-def _names(path: epath.Path) -> set[str]:
-    """Names in a directory; {} where there is none."""
-    with _plain_errors(path):
-        try:
-            return {child.name for child in path.iterdir()}
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-
-
-def _top(path: epath.Path) -> tuple[epath.Path, set[str]]:
-    """The directory in which params/ and assets/ lie, with its names: `path`, its newest step, or its parent."""
-    names = _names(path)
+def checkpoint_root(path: epath.Path) -> tuple[epath.Path, set[str]]:
+    """(the directory in which params/ and assets/ lie, its names): `path`, its newest step, or its parent."""
+    names = names_in(path)
     if "_METADATA" in names and path.name == "params":
-        return path.parent, _names(path.parent)
+        return path.parent, names_in(path.parent)
     steps = [int(name) for name in names if name.isdigit()]
     if steps and not names & {"params", "assets"}:
-        return path / str(max(steps)), _names(path / str(max(steps)))
+        return path / str(max(steps)), names_in(path / str(max(steps)))
     return path, names
 
 
-def _params_folder(directory: str | os.PathLike[str]) -> epath.Path:
+def params_folder(directory: str | os.PathLike[str]) -> epath.Path:
     """The directory that Orbax reads; raises FpoError that says what is there instead."""
     path = locate(directory)
-    if _is_remote(path) and not _is_remote(cached := locate(path / "params")):
+    if is_remote(path) and not is_remote(cached := locate(path / "params")):
         path = cached
-    names = _names(path)
+    names = names_in(path)
     unfinished = ".orbax-checkpoint-tmp"
     if "_METADATA" in names and unfinished not in path.name:
         return path
-    path, names = _top(path)
+    path, names = checkpoint_root(path)
     if unfinished in path.name or (any(unfinished in name for name in names) and "params" not in names):
         raise FpoError(f"The checkpoint {path} was not written to its end: give an earlier step, or copy it again.")
     if "params" in names:
-        inner = _names(path / "params")
+        inner = names_in(path / "params")
         if "_METADATA" not in inner:
             raise FpoError(f"{path / 'params'} was not written to its end: copy or download the checkpoint again.")
         return path / "params"
@@ -375,67 +340,8 @@ def _params_folder(directory: str | os.PathLike[str]) -> epath.Path:
         raise FpoError(f"{path} is a PyTorch checkpoint: give openpi's JAX checkpoint, a directory that has params/.")
     if not names:
         raise FpoError(f"There is no checkpoint at {path}: give a directory that has params/, or a gs:// URL.")
-    near = [path / name for name in sorted(names) if "params" in _children(path / name)]
-    near += [path.parent] if "params" in _children(path.parent) else []
+    near = [path / name for name in sorted(names) if "params" in children_of(path / name)]
+    near += [path.parent] if "params" in children_of(path.parent) else []
     found = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
     advice = f"did you mean {near[0]}?" if near else "give the directory of a checkpoint, which has params/."
     raise FpoError(f"{path} is no openpi checkpoint (it holds {found}){'; ' if near else ': '}{advice}")
-
-
-def _children(path: epath.Path) -> set[str]:
-    """Names in a local directory, for suggestions; {} elsewhere."""
-    with contextlib.suppress(OSError):
-        return set() if _is_remote(path) else {child.name for child in path.iterdir()}
-    return set()
-
-
-@contextlib.contextmanager
-def _plain_errors(place: epath.Path) -> Iterator[None]:
-    """Says in one sentence what Orbax, TensorStore or the bucket's client raise while they read `place`."""
-    client = logging.getLogger("gcsfs")
-    level = client.level
-    client.setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
-    try:
-        yield
-    except FpoError:
-        raise
-    except Exception as error:  # each of the three has kinds of its own
-        if sentence := _sentence(place, error):
-            raise FpoError(sentence) from error
-        raise
-    finally:
-        client.setLevel(level)
-
-
-def _sentence(place: epath.Path, error: BaseException | None) -> str:
-    """What is wrong and what to do, or '' where it is a bug."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    text = " ".join(f"{type(e).__name__}: {e}" for e in chain)
-
-    def says(*words: str) -> bool:
-        return any(word in text for word in words)
-
-    if any(isinstance(e, MemoryError) for e in chain) or says("RESOURCE_EXHAUSTED"):
-        return f"The weights of {place} don't fit into memory: use dtype=bfloat16, or share them between devices."
-    if any(isinstance(e, PermissionError) for e in chain):
-        return f"{place} may not be read by this user: change its permissions, or copy it."
-    if _is_remote(place):
-        if any(isinstance(e, ImportError) for e in chain):
-            return (
-                f"Reading {place} needs the package gcsfs: install it with pip install 'fpo_jax[gcs]', or download the "
-                "directory and give its path."
-            )
-        codes = {getattr(e, "code", None) for e in chain}
-        if codes & {401, 403} or says(
-            "Forbidden", "PERMISSION_DENIED", "UNAUTHENTICATED", "RefreshError", "DefaultCredentialsError"
-        ):
-            return f"Access to {place} was refused: check the address, or log in with gcloud auth login --update-adc."
-        network = any(isinstance(e, OSError) and not isinstance(e, FileNotFoundError) for e in chain)
-        if network or codes & {500, 502, 503} or says("UNAVAILABLE", "DEADLINE_EXCEEDED", "TransportError"):
-            return f"{place} can't be reached: check the network, or download it elsewhere and give its path."
-    if not any(isinstance(e, (ValueError, OSError, KeyError)) for e in chain):
-        return ""
-    return f"{place} is damaged or was not written to its end: copy or download the checkpoint again."

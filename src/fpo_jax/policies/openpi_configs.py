@@ -16,7 +16,7 @@ from typing import Any, Literal
 from fpo_jax.policies.gemma import gemma_config
 from fpo_jax.policies.pi0 import Pi0Config
 from fpo_jax.policies.siglip import siglip_config
-from fpo_jax.policies.transforms import Normalisation, Robot
+from fpo_jax.policies.transforms import Normalisation, Robot, RobotTransform
 from fpo_jax.types import FpoError, suggestion
 
 
@@ -34,6 +34,13 @@ class OpenpiConfig:
     discrete_state_input: bool  # π0.5: the state is written into the prompt
     max_token_len: int  # prompts are padded or cut to it
     checkpoint: str = ""  # public location of the weights; "": there are none
+
+    @property
+    def transform(self) -> RobotTransform:
+        """From the robot's units to the model's and back."""
+        return RobotTransform(
+            self.robot, self.normalisation, self.model.action_dim, self.adapt_to_pi, self.delta_actions
+        )
 
 
 _PUBLIC = "gs://openpi-assets/checkpoints"
@@ -86,13 +93,6 @@ OPENPI_CONFIGS: dict[str, OpenpiConfig] = {
         discrete_state_input=False,  # it sees no state at all
     ),
 }
-
-
-def openpi_config(name: str) -> OpenpiConfig:
-    """The configuration `name` of `OPENPI_CONFIGS`; raises FpoError with a suggestion where there is none."""
-    if name not in OPENPI_CONFIGS:
-        raise FpoError(f"There is no openpi configuration called {name!r}{suggestion(name, OPENPI_CONFIGS)}")
-    return OPENPI_CONFIGS[name]
 
 
 def to_dict(config: OpenpiConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Everything here runs on the host in NumPy, so that a JAX callback may call it.
 
 import dataclasses
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from fpo_jax.policies.storage import openpi_cache, quiet_client
 from fpo_jax.types import FpoError
 
 PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
@@ -96,10 +96,11 @@ def load_tokenizer(source: str | Path | None = None) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
     if source is None:
-        cached = _openpi_cache() / PALIGEMMA.removeprefix("gs://")
-        source = cached if cached.is_file() else PALIGEMMA
+        cached = openpi_cache() / PALIGEMMA.removeprefix("gs://")
+        source = str(cached) if cached.is_file() else PALIGEMMA
     try:
-        content = epath.Path(source).expanduser().read_bytes()
+        with quiet_client():
+            content = epath.Path(source).expanduser().read_bytes()
     except Exception as error:  # each kind of storage raises its own
         raise FpoError(_unreadable(str(source), error)) from error
     try:
@@ -161,15 +162,11 @@ def _state_text(cleaned_prompt: str, bins: list[int]) -> str:
     return f"Task: {cleaned_prompt}, State: {' '.join(map(str, bins))};\nAction: "
 
 
-def _openpi_cache() -> Path:
-    return Path(os.environ.get("OPENPI_DATA_HOME") or "~/.cache/openpi").expanduser()
-
-
 def _unreadable(source: str, error: Exception) -> str:
     """One sentence: which file can't be read, why, and what to do."""
     if "://" not in source:
         return f"There is no tokenizer file {source}: give the path of a sentencepiece model."
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    place = _openpi_cache() / PALIGEMMA.removeprefix("gs://")
+    place = openpi_cache() / PALIGEMMA.removeprefix("gs://")
     remedy = f"download it to {place} or give the path of a copy" if source == PALIGEMMA else "give the path of a copy"
     return f"The tokenizer {source} can't be read ({reason}): {remedy}."
