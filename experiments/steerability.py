@@ -47,6 +47,8 @@ class Args:
     """Initial states."""
     noises: int = 16
     """Noise seeds per initial state."""
+    num_envs: int | None = None
+    """Environments simulated side by side; by default all (512). Give fewer where a large base needs the memory."""
     search: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     """Budget of the search for one constant latent; the default, 4 096 episodes, is more than FPO's own."""
     seed: int = 3_000_017
@@ -59,14 +61,19 @@ def measure(args: Args) -> tuple[dict[str, Any], np.ndarray]:
     """(figures, success rate per initial state). Raises FpoError."""
     if args.states < 1 or args.noises < 2:
         raise FpoError(f"--states must be at least 1 and --noises at least 2, not {args.states} and {args.noises}.")
+    if args.num_envs is not None and args.num_envs < 1:
+        raise FpoError(f"--num-envs must be at least 1, not {args.num_envs}.")
     if args.search.elites < 1 or args.search.population < args.search.elites:
         raise FpoError("--search.elites must be at least 1 and at most --search.population.")
-    shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Args)} - {"seed"}
+    shared = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Args)} - {
+        "seed",
+        "num_envs",
+    }
     config = replace(TrainConfig(), **{name: getattr(args, name) for name in shared})
     system, params = build(config)
     base = FrozenBase(params)
-    constant = best_constant_latent(system, base, args.seed + 1, args.search)
-    evaluator = Evaluator(system, base, args.states, args.seed, batch=args.states)
+    constant = best_constant_latent(system, base, args.seed + 1, args.search, args.num_envs)
+    evaluator = Evaluator(system, base, args.states, args.seed, batch=args.num_envs or args.states)
     table = success_table(evaluator, args.noises)
     across_states, across_noise = variance_shares(table)
     rates = table.mean(axis=0)

@@ -98,6 +98,27 @@ def test_all_candidates_of_a_generation_meet_the_same_initial_states(monkeypatch
     assert len({np.asarray(noise).tobytes() for _, _, noise in calls}) == 3
 
 
+def test_fewer_environments_side_by_side_find_the_same(monkeypatch):
+    """20 episodes a generation in batches of 8: the last one is filled up, and what fills it does not count."""
+    batches, play_from = [], Evaluator.play_from
+
+    def spy(self, agent, env_keys, noise_key, system=None):
+        batches.append(len(env_keys))
+        outcomes = play_from(self, agent, env_keys, noise_key, system)
+        # Success that depends on latent and initial state alone, not on the place in the batch.
+        score = np.asarray(agent.mean).sum(axis=1) + np.asarray(jax.random.key_data(env_keys))[:, 0] % 7
+        return outcomes._replace(success=score > 3)
+
+    monkeypatch.setattr(Evaluator, "play_from", spy)
+    settings = CrossEntropySettings(generations=2, population=5, elites=2, episodes_per_candidate=4)
+    found = [
+        best_constant_latent(make_system(), FrozenBase({}), seed=0, settings=settings, num_envs=num_envs)
+        for num_envs in (None, 8)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert batches == [20] * 2 + [8] * 6
+
+
 # --- where the variance of success comes from
 
 

@@ -49,25 +49,29 @@ def cross_entropy_method(
 
 
 def best_constant_latent(
-    system: System, base: FrozenBase, seed: int, settings: CrossEntropySettings
+    system: System, base: FrozenBase, seed: int, settings: CrossEntropySettings, num_envs: int | None = None
 ) -> Float[np.ndarray, " D"]:
     """The one latent for all states that the cross-entropy method finds.
 
-    Within a generation all candidates meet the same initial states; each generation draws new ones.
+    Within a generation all candidates meet the same initial states; each generation draws new ones. `num_envs`: how
+    many environments are simulated side by side, by default a whole generation.
     """
     per_candidate = settings.episodes_per_candidate
     total = settings.population * per_candidate
-    evaluator = Evaluator(system, base, total, seed, batch=total)
+    batch = min(num_envs or total, total)
+    evaluator = Evaluator(system, base, batch, seed, batch=batch)
 
     def score(candidates, generation):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), generation), per_candidate)
-        env_keys = jnp.tile(keys, settings.population)
-        agent = fixed.FixedLatent(
-            jnp.repeat(jnp.asarray(candidates, jnp.float32), per_candidate, axis=0), jnp.zeros(())
-        )
         noise_key = jax.random.fold_in(jax.random.key(seed + 1), generation)
-        success = evaluator.play_from(agent, env_keys, noise_key, evaluator.fixed_system).success
-        return success.reshape(settings.population, per_candidate).mean(axis=1)
+        rows = np.arange(-(-total // batch) * batch) % total  # the last batch is filled up by the first rows
+        env_keys = jnp.tile(keys, settings.population)
+        latents = jnp.repeat(jnp.asarray(candidates, jnp.float32), per_candidate, axis=0)
+        success = []
+        for some in rows.reshape(-1, batch):
+            agent = fixed.FixedLatent(latents[some], jnp.zeros(()))
+            success.append(evaluator.play_from(agent, env_keys[some], noise_key, evaluator.fixed_system).success)
+        return np.concatenate(success)[:total].reshape(settings.population, per_candidate).mean(axis=1)
 
     return cross_entropy_method(score, system.dims.latent, jax.random.key(seed + 2), settings)
 

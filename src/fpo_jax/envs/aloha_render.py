@@ -32,6 +32,7 @@ HEIGHT, WIDTH = 480, 640  # [pixels], what gym-aloha renders
 
 _START_SECONDS, _PICTURE_SECONDS = 120.0, 60.0  # a process that takes longer is stuck
 _ATTEMPTS = 2  # for one picture, the second in a new process
+_MOST_WORKERS = 16  # each has an OpenGL context, which takes memory of the graphics card
 _GIVE_UP = 8  # processes lost in a row, without one picture between them
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _first_worker() -> tuple[str, _Worker]:
 
 
 class RenderPool:
-    """Processes that draw pictures side by side, one per core unless told otherwise; all but the first start on demand.
+    """Processes that draw pictures side by side, one per core but 16 at most unless told otherwise, started on demand.
 
     EGL is tried first, then OSMesa; the environment variable MUJOCO_GL, where set, before both. What a picture looks
     like does not depend on which process draws it. A process that ends or is stuck is replaced.
@@ -131,7 +132,7 @@ class RenderPool:
     """
 
     def __init__(self, num_workers: int | None = None):
-        self.num_workers = num_workers or num_cpus()
+        self.num_workers = num_workers or min(num_cpus(), _MOST_WORKERS)
         self.opengl, first = _first_worker()
         self._lock = threading.Lock()
         self._lost = 0  # processes, since the last picture
