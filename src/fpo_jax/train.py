@@ -18,7 +18,7 @@ from fpo_jax.rollout import (
     rollout,
     start,
 )
-from fpo_jax.types import Metrics, Params, Transition
+from fpo_jax.types import HostedEnv, Metrics, Params, Transition
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,9 @@ def init(system: System, base_params: Params) -> TrainState:
     finished = executed = zero
     if system.base.standardize:
         # The untrained actor is the base: its first rollout gives the statistics and is not learned from.
-        _, transition, episodes = play(base, agent, carry, jax.random.fold_in(key, 0))
+        played, transition, episodes = play(base, agent, carry, jax.random.fold_in(key, 0))
+        if isinstance(system.env, HostedEnv):  # simulations that are elsewhere cannot be taken back
+            carry = played
         features = transition.state[..., : system.base.feature_dim].reshape(-1, system.base.feature_dim)
         base = base._replace(features=feature_stats(features, transition.valid.reshape(-1)))
         finished = jnp.sum(episodes.ended).astype(jnp.uint32)
@@ -55,9 +57,13 @@ def init(system: System, base_params: Params) -> TrainState:
     return TrainState(agent, base.features, carry, window, key, zero, finished, executed)
 
 
-def episode_metrics(episodes: Episodes) -> Metrics:
-    """Rates over the episodes that ended in this rollout [T, N]; NaN where none did."""
+def episode_metrics(episodes: Episodes, tasks: tuple[str, ...] = ()) -> Metrics:
+    """Rates over the episodes that ended in this rollout [T, N], and of each task of a suite; NaN where none did."""
     count = jnp.sum(episodes.ended)
+
+    def task_rate(index):
+        ended = episodes.ended & (episodes.env_id == index)
+        return jnp.sum(ended & episodes.success) / jnp.where(jnp.any(ended), jnp.sum(ended), jnp.nan)
 
     def over_ended(x):
         return jnp.sum(jnp.where(episodes.ended, x, 0)) / jnp.where(count > 0, count, jnp.nan)
@@ -68,7 +74,7 @@ def episode_metrics(episodes: Episodes) -> Metrics:
         "return": over_ended(episodes.ret),
         "episode_length": over_ended(episodes.control_steps),
         "invalid_episodes": jnp.sum(episodes.fault),
-    }
+    } | ({f"success_rate/{name}": task_rate(i) for i, name in enumerate(tasks)} if len(tasks) > 1 else {})
 
 
 def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
@@ -101,7 +107,9 @@ def train_iteration(system: System, base_params: Params, state: TrainState) -> t
     )
     window = buffer.append(state.window, transition)
     agent, update_metrics = update_phase(system, state.agent, window, update_key)
-    episode = episode_metrics(episodes)
+    episode = episode_metrics(episodes, system.env.spec.tasks)
+    never_began = jnp.where(state.iteration == 0, jnp.sum(state.rollout.env.fault), 0)
+    episode["invalid_episodes"] += never_began  # before the first decision: no rollout has seen them
     state = TrainState(
         agent,
         state.features,
