@@ -47,7 +47,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     config, system, base, state = load_run(args.run_dir, shelf, args.base_checkpoint)
     evaluator = Evaluator(system, base, args.episodes, args.seed)
     tuned = evaluator.play(state.agent)
-    result = compare(evaluator.play_base(), tuned)
+    result = compare(evaluator.play_base(), tuned, system.env.spec)
     result["floors"] = {
         name: versus(evaluator.play(agent, evaluator.fixed_system), tuned)
         for name, agent in floors(args, system.dims.latent).items()

@@ -100,7 +100,8 @@ def test_imports_point_downwards(module):
 def test_optional_packages_are_imported_lazily_where_they_are_used(module):
     for name, at_module_level in imports(MODULES[module]):
         root = name.split(".")[0]
-        assert root not in {"pickle", "dill", "cloudpickle"}, f"{module} imports {root}"
+        unpickles = {"pickle"} if module == "envs/libero_files" else set()  # with a loader that makes arrays only
+        assert root not in {"pickle", "dill", "cloudpickle"} - unpickles, f"{module} imports {root}"
         if root in OPTIONAL:
             assert unit(module) in OPTIONAL[root], f"{module} must not import {root}"
             assert not at_module_level, f"{module} imports {root} at module level"

@@ -159,7 +159,7 @@ def test_pi05_spells_out_the_state(tmp_path):
         max_token_len=120,
     )
     policy, params = load_base(write_checkpoint(tmp_path / "pi05", config))
-    assert policy.prompt == () and policy.tokenizer is not None
+    assert policy.writes_state and policy.tokenizer is not None
     seen = observation()
     state = policy.transform.inputs(params["norm"], seen.proprio)
     ids, mask = jax.jit(policy._prompt)(seen, state)
@@ -169,6 +169,66 @@ def test_pi05_spells_out_the_state(tmp_path):
     _, context = jit(policy.encode)(params, seen)
     chunk = jit(policy.decode)(params, context, noise())
     assert chunk.shape == (NUM, 10, 14) and bool(jnp.isfinite(chunk).all())
+
+
+# --- suites of tasks: an observation says which, the base knows the words
+
+PROMPTS = ("pick up the butter", "open the top drawer and put the bowl inside", "Transfer cube")
+LIBERO = replace(ALOHA, robot="libero", prompt=None, delta_actions=True)
+
+
+def libero_observation(task: list[int]) -> Observation:
+    rng = np.random.default_rng(0)
+    images = {name: jnp.asarray(rng.integers(0, 256, (NUM, 28, 28, 3)), jnp.uint8) for name in ("image", "wrist_image")}
+    proprio = jnp.asarray(rng.normal(0, 0.5, (NUM, 8)), jnp.float32)
+    return Observation(proprio, images=images, task=jnp.asarray(task, jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def libero(tmp_path_factory):
+    return load_base(write_checkpoint(tmp_path_factory.mktemp("libero") / "micro", LIBERO))
+
+
+def test_every_task_of_a_suite_has_its_prompt(libero):
+    policy, params = libero
+    assert (policy.output_dim, policy.cameras) == (7, ("image", "wrist_image"))
+    suite, order = policy.with_prompts(PROMPTS), [2, 0, 1]
+    seen = libero_observation(order)
+    ids, mask = suite._prompt(seen, jnp.zeros((NUM, 16)))
+    for row, task in enumerate(order):
+        assert ids[row][mask[row]].tolist() == policy.tokenizer.encode(PROMPTS[task])
+    assert bool(mask.all(axis=-1).any())  # no longer than the longest
+    features, _ = jit(suite.encode)(params, seen)
+    single, _ = jit(replace(policy, config=replace(policy.config, prompt=PROMPTS[0])).with_prompts(PROMPTS[:1]).encode)(
+        params, seen._replace(task=jnp.zeros(NUM, jnp.int32))
+    )
+    close(features[1], single[1], atol=1e-5)  # padding changes nothing
+    assert float(jnp.abs(features[0] - single[0]).max()) > 1e-3  # words do
+
+
+def test_a_base_without_a_task_must_be_told(libero):
+    policy, params = libero
+    with pytest.raises(FpoError, match=r"--openpi\.prompt"):
+        policy.encode(params, libero_observation([0, 0, 0]))
+    with pytest.raises(FpoError, match="cannot read the tasks' prompts"):
+        replace(policy, tokenizer=None).with_prompts(PROMPTS)
+
+
+def test_pi05_spells_out_the_state_behind_each_prompt(libero):
+    policy, params = libero
+    config = replace(
+        policy.config,
+        model=replace(MODEL, pi05=True),
+        normalisation="quantile",
+        discrete_state_input=True,
+        max_token_len=150,
+    )
+    suite = replace(policy, config=config).with_prompts(PROMPTS)
+    seen = libero_observation([2, 0, 1])
+    state = suite.transform.inputs(params["norm"], seen.proprio)
+    ids, mask = jax.jit(suite._prompt)(seen, state)
+    for row, task in enumerate((2, 0, 1)):
+        assert ids[row][mask[row]].tolist() == policy.tokenizer.encode(PROMPTS[task], np.asarray(state[row, :8]))
 
 
 # --- loading

@@ -29,6 +29,34 @@ class OpenpiOptions:
 
 
 @dataclass(frozen=True)
+class LiberoOptions:
+    """LIBERO's protocol and its processes; ignored by other environments. The defaults are openpi's evaluation."""
+
+    python: str | None = None
+    """The Python of LIBERO's own virtual environment; by default what `experiments/libero_setup.py` made."""
+    assets: str | None = None
+    """LIBERO's assets folder; by default what `experiments/libero_setup.py` found."""
+    train_inits: str = "sampled"
+    """Where training begins: sampled (from the task's regions), all (official initial states), or a part, as 0:40."""
+    test_inits: str = "all"
+    """Which official initial states evaluation plays, in order: all, or a part, as 40:50."""
+    tasks: Literal["uniform", "success"] = "uniform"
+    """How training draws a suite's tasks: uniform; success: mostly those neither hopeless nor solved."""
+    seeds: Literal["episode", "openpi"] = "episode"
+    """Fixture poses in evaluation: episode: each episode's own seed; openpi: seed 7, in the order of its trials."""
+    overlap: bool = True
+    """Let one half of the environments simulate while the policy decides for the other half."""
+    start_seconds: float = 300.0
+    """How long a simulator process may take to start."""
+    reset_seconds: float = 180.0
+    """How long a reset may take; the first one of a task builds the scene."""
+    step_seconds: float = 60.0
+    """How long a decision's control steps and pictures may take."""
+    max_restarts: int = 100
+    """Simulator processes that may be lost and replaced before the run stops, with its state saved."""
+
+
+@dataclass(frozen=True)
 class LatentConfig:
     """Which part of the base's noise is the latent x (notes on Eq. 7 in docs/equations.md)."""
 
@@ -191,7 +219,8 @@ class TrainConfig:
     """Flow Policy Optimization of a frozen flow-matching base policy."""
 
     env: str = "aloha_transfer_cube"
-    """Environment, e.g. aloha_transfer_cube or point_mass."""
+    """Environment: aloha_transfer_cube, point_mass, a LIBERO suite (libero_spatial, libero_object, libero_goal,
+    libero_10, libero_90), or one task of it, by name or index: libero_90/3."""
     base: str | None = None
     """Frozen base policy: a name (a shipped one, or openpi's pi0_aloha_sim, pi05_libero, ...) or a directory; by
     default the one shipped for the environment."""
@@ -208,9 +237,9 @@ class TrainConfig:
     num_envs: int = 64
     """N: parallel environments."""
     episode_length: int | None = None
-    """Control steps per episode; by default the environment's (ALOHA 300)."""
+    """Control steps per episode; by default the environment's (ALOHA 300, LIBERO 220 to 520)."""
     execute_steps: int | None = None
-    """Control steps executed per decision; by default the environment's (ALOHA 50)."""
+    """Control steps executed per decision; by default the environment's (ALOHA 50, LIBERO 5)."""
     run_dir: str | None = None
     """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
     resume: bool = False
@@ -221,6 +250,7 @@ class TrainConfig:
     preset: str = "default"
     """Named settings, see PRESETS; options given beside it override it."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
+    libero: LiberoOptions = field(default_factory=LiberoOptions)
     latent: LatentConfig = field(default_factory=LatentConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -311,9 +341,13 @@ _POSITIVE = (
     *("actor.learning_rate", "actor.max_grad_norm", "critic.learning_rate", "critic.max_grad_norm"),
     *("fpo.epsilon", "fpo.beta", "fpo.std_floor", "fpo.log_ratio_clamp"),
     *("sac.learning_rate", "sac.scale", "sac.initial_temperature"),
+    *("libero.start_seconds", "libero.reset_seconds", "libero.step_seconds"),
 )
 _SHARES = ("rollout.gamma", "fpo.gae_lambda", "critic.polyak")
-_NOT_NEGATIVE = ("evaluation.episodes", "saving.milestone_every", "saving.keep", "actor.explore_steps", "fpo.anchor")
+_NOT_NEGATIVE = (
+    *("evaluation.episodes", "saving.milestone_every", "saving.keep", "actor.explore_steps", "fpo.anchor"),
+    "libero.max_restarts",
+)
 
 
 def check(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fpo_jax.algorithms import fixed
 from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
 from fpo_jax.rollout import FrozenBase, System, base_system, rollout, start
+from fpo_jax.types import EnvSpec, FpoError, HostedEnv
 
 
 class Outcomes(NamedTuple):
@@ -21,26 +22,36 @@ class Outcomes(NamedTuple):
     control_steps: Int[np.ndarray, " E"]  # length of the episode
     ret: Float[np.ndarray, " E"]  # Σ γ^t r_t
     invalid: Bool[np.ndarray, " E"]  # the simulation broke: neither success nor failure
+    env_id: Int[np.ndarray, " E"] | None = None  # which task of a suite
 
 
 def _play(
-    system: System, base: FrozenBase, agent: PyTree, env_keys: Key[Array, " N"], key: Key[Array, ""]
-) -> tuple[Array, Array, Array, Array]:
+    system: System,
+    base: FrozenBase,
+    agent: PyTree,
+    env_keys: Key[Array, " N"],
+    numbers: Int[Array, " N"] | None,
+    key: Key[Array, ""],
+) -> tuple[Array, Array, Array, Array, Array]:
     """One whole episode in each of N environments: the fields of `Outcomes`."""
-    _, _, episodes = rollout(system, base, agent, start(system, env_keys), key, system.env.spec.decisions)
+    begun = start(system, env_keys, numbers)
+    _, _, episodes = rollout(system, base, agent, begun, key, system.env.spec.decisions)
     over = episodes.ended | episodes.fault
+    missing = begun.env.fault | ~jnp.any(over, axis=0)  # simulators that broke before the first decision
     first = jnp.argmax(over, axis=0)  # later slots belong to the next episode
 
     def at_end(x):
         return jnp.take_along_axis(x, first[None], axis=0)[0]
 
-    return at_end(episodes.success), at_end(episodes.control_steps), at_end(episodes.ret), at_end(episodes.fault)
+    success, invalid = at_end(episodes.success) & ~missing, at_end(episodes.fault) | missing
+    return success, at_end(episodes.control_steps), at_end(episodes.ret), invalid, begun.env.env_id
 
 
 class Evaluator:
     """Plays episodes of a fixed set of initial states; every policy meets the same states and noise seeds.
 
-    `batch` environments run at a time; `episodes` need not be a multiple of it. Each algorithm compiles once.
+    `batch` environments run at a time; `episodes` need not be a multiple of it. Each algorithm compiles once. Where the
+    environment has numbered test episodes, they are played in order.
     """
 
     def __init__(self, system: System, base: FrozenBase, episodes: int, seed: int, batch: int | None = None):
@@ -50,6 +61,8 @@ class Evaluator:
         env_key, noise_key = jax.random.split(jax.random.key(seed))
         self._env_keys = jax.random.split(env_key, (self.num_batches, batch))
         self._noise_keys = jax.random.split(noise_key, self.num_batches)
+        numbers = jnp.arange(self.num_batches * batch).reshape(-1, batch)
+        self._numbers = numbers if system.env.spec.test_episodes else [None] * self.num_batches
         self._compiled = {}
 
     def play(self, agent: PyTree, system: System | None = None, noise_seed: int = 0) -> Outcomes:
@@ -58,19 +71,31 @@ class Evaluator:
         `system`: the evaluator's own, or a variant of it (`fixed_system`, `base_system`).
         """
         batches = []
-        for env_keys, noise_key in zip(self._env_keys, self._noise_keys, strict=True):
-            batches.append(self.play_from(agent, env_keys, jax.random.fold_in(noise_key, noise_seed), system))
+        for env_keys, noise_key, numbers in zip(self._env_keys, self._noise_keys, self._numbers, strict=True):
+            noise_key = jax.random.fold_in(noise_key, noise_seed)
+            batches.append(self.play_from(agent, env_keys, noise_key, system, numbers))
         columns = zip(*batches, strict=True)
         return Outcomes(*(np.concatenate(column)[: self.episodes] for column in columns))
 
     def play_from(
-        self, agent: PyTree, env_keys: Key[Array, " N"], noise_key: Key[Array, ""], system: System | None = None
+        self,
+        agent: PyTree,
+        env_keys: Key[Array, " N"],
+        noise_key: Key[Array, ""],
+        system: System | None = None,
+        numbers: Int[Array, " N"] | None = None,
     ) -> Outcomes:
-        """One batch of episodes from given initial-state keys."""
+        """One batch of episodes from given initial-state keys, or the test episodes of these numbers.
+
+        Raises FpoError where simulators outside this process cannot go on.
+        """
         system = system or self.system
         if system not in self._compiled:
             self._compiled[system] = jax.jit(partial(_play, system))
-        return Outcomes(*jax.device_get(self._compiled[system](self.base, agent, env_keys, noise_key)))
+        outcomes = Outcomes(*jax.device_get(self._compiled[system](self.base, agent, env_keys, numbers, noise_key)))
+        if isinstance(system.env, HostedEnv) and (problem := system.env.problem()):
+            raise FpoError(f"The evaluation stopped: {problem}. Mend what ends them, then evaluate again.")
+        return outcomes
 
     @cached_property
     def fixed_system(self) -> System:
@@ -127,9 +152,22 @@ def _difference(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
     }
 
 
-def compare(base: Outcomes, tuned: Outcomes) -> dict[str, Any]:
-    """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them."""
-    return {"base": success_summary(base), "tuned": success_summary(tuned), "difference": _difference(base, tuned)}
+def task_summaries(outcomes: Outcomes, tasks: tuple[str, ...]) -> dict[str, Any]:
+    """`success_summary` of each task of a suite that was played; {} where there is one task."""
+    if outcomes.env_id is None or len(tasks) < 2:
+        return {}
+    rows = {name: outcomes.env_id == index for index, name in enumerate(tasks)}
+    columns = (*outcomes[:-1], outcomes.env_id)
+    parts = {name: Outcomes(*(column[row] for column in columns)) for name, row in rows.items() if row.any()}
+    return {"tasks": {name: success_summary(part) for name, part in parts.items()}}
+
+
+def compare(base: Outcomes, tuned: Outcomes, spec: EnvSpec | None = None) -> dict[str, Any]:
+    """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them; `spec`: tasks and protocol too."""
+    tasks = () if spec is None else spec.tasks
+    result = {name: success_summary(o) | task_summaries(o, tasks) for name, o in {"base": base, "tuned": tuned}.items()}
+    protocol = {} if spec is None or spec.protocol is None else {"protocol": spec.protocol}
+    return result | {"difference": _difference(base, tuned)} | protocol
 
 
 def versus(floor: Outcomes, tuned: Outcomes) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fpo_jax.policies.small import check_action_space
 from fpo_jax.provenance import provenance, tree_crc32
 from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.train import TrainState
-from fpo_jax.types import Camera, FpoError, Params
+from fpo_jax.types import Camera, FpoError, HostedEnv, Params
 from fpo_jax.video import record_comparison
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
@@ -43,17 +43,21 @@ def build(config: TrainConfig) -> tuple[System, Params]:
     check(config)
     resolve_physics(config.env, config.physics)
     base, load = open_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
-    camera = Camera(base.cameras[0], base.image_size, config.render) if base.cameras else None
-    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, camera)
+    cameras = tuple(Camera(name, base.image_size, config.render) for name in base.cameras)
+    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, cameras, config.libero)
     check_action_space(base, env.spec)
+    with_prompts = getattr(base, "with_prompts", None)  # of bases that read words
+    if env.spec.prompts and with_prompts is not None and config.openpi.prompt is None:
+        base = with_prompts(env.spec.prompts)
     steered = base.action_dim if config.latent.steer_padding else min(base.action_dim, base.output_dim)
     space = LatentSpace(config.latent.space, base.horizon, steered, config.latent.rank)
     return System(config, env, base, space, ALGORITHMS[config.algorithm]), load()
 
 
 def default_run_dir(config: TrainConfig) -> Path:
+    env = config.env.replace("/", "-")
     base = f"-{Path(config.base).stem}" if config.base else ""
-    return Path("runs") / f"{config.env}{base}-{config.preset}-s{config.seed}"
+    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}"
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -163,7 +167,8 @@ def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None
     fifth of where it began.
     """
     newest = records[-1]
-    if bad := [name for name, value in newest.items() if not math.isfinite(value) and name not in _MAY_BE_NAN]:
+    may_be_nan = {name for name in newest if name.split("/")[0] in _MAY_BE_NAN}  # a suite's success_rate/<task> too
+    if bad := [name for name, value in newest.items() if not math.isfinite(value) and name not in may_be_nan]:
         return f"{', '.join(sorted(bad))} became non-finite"
     full = len(records) == records.maxlen
     if full and all(r["invalid_episodes"] > 0 and math.isnan(r["success_rate"]) for r in records):
@@ -277,7 +282,7 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
         if step is None:
             run.save(state)
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        _write_provenance(run_dir, base_params)
+        _write_provenance(run_dir, base_params, system.env.spec.protocol)
         _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
         logger.print(_opening(system, run_dir, step))
         state = _loop(system, base_params, state, run)
@@ -335,8 +340,12 @@ def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> T
             state, metrics = iterate(base_params, before)
             record = {name: value.item() for name, value in jax.device_get(metrics).items()}
             record["iteration_seconds"] = time.perf_counter() - began
+            if isinstance(system.env, HostedEnv):
+                record |= system.env.report()
             reason = run.note(record)
             run.logger.log(record)
+            if isinstance(system.env, HostedEnv) and (problem := system.env.problem()):  # this iteration lacks episodes
+                raise run.stop(before, f"Training stopped: {problem}", f"Mend what ends them. {resume}", _FAILED)
             if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
                 raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
             run.save_what_is_due(before, state)
@@ -359,7 +368,7 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     base, tuned = evaluator.play_base(), evaluator.play(state.agent)
-    result = compare(base, tuned)
+    result = compare(base, tuned, system.env.spec)
     _write_json(run_dir / "evaluation.json", result)
     _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
     if settings.video:
@@ -377,11 +386,12 @@ def _learning_curve(run: Run, base: Interval | None) -> None:
         run.logger.print(f"No learning curve: {error}")
 
 
-def _write_provenance(run_dir: Path, base_params: Params) -> None:
-    """What this start runs on, after those before it, and the checksum of the base."""
+def _write_provenance(run_dir: Path, base_params: Params, protocol: dict[str, Any] | None) -> None:
+    """What this start runs on, after those before it, the environment's protocol and the checksum of the base."""
     path = run_dir / "provenance.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    _write_json(path, {"base_crc32": tree_crc32(base_params), "starts": [*starts, provenance()]})
+    this = provenance() | ({} if protocol is None else {"protocol": protocol})
+    _write_json(path, {"base_crc32": tree_crc32(base_params), "starts": [*starts, this]})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,5 +1,6 @@
 """Gathering experience: one decision of N environments, and T of them as a scan."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from fpo_jax.algorithms import fixed
 from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.flow import split_keys
 from fpo_jax.latent import LatentSpace
-from fpo_jax.types import BasePolicy, Dims, Env, EnvState, LatentSample, Params, Transition
+from fpo_jax.types import BasePolicy, Dims, Env, EnvState, HostedEnv, LatentSample, Params, Transition
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +75,15 @@ def base_system(system: System) -> System:
     return replace(system, algorithm=fixed, latent_space=space)
 
 
-def start(system: System, keys: Key[Array, " N"]) -> RolloutState:
-    """Fresh episodes in all N environments."""
+def start(system: System, keys: Key[Array, " N"], numbers: Int[Array, " N"] | None = None) -> RolloutState:
+    """Fresh episodes in all N environments; `numbers`: the environment's own test episodes of these numbers."""
     num = keys.shape[0]
-    return RolloutState(system.env.reset(keys), jnp.zeros(num), jnp.ones(num))
+    if numbers is None:
+        env_state = system.env.reset(keys)
+    else:
+        assert isinstance(system.env, HostedEnv)
+        env_state = system.env.reset_test(numbers, keys)
+    return RolloutState(env_state, jnp.zeros(num), jnp.ones(num))
 
 
 def feature_stats(features: Float[Array, "B f"], valid: Bool[Array, " B"]) -> FeatureStats:
@@ -141,17 +147,34 @@ def learner_reward(config: RolloutConfig, env_state: EnvState) -> Float[Array, "
     return success if config.reward == "sparse" else success - 1.0
 
 
-def decision_step(
-    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""]
-) -> tuple[RolloutState, tuple[Transition, Episodes]]:
-    """One slot: decide, execute the chunk, record. `next_state` still holds s_t; `rollout` shifts it.
+class Decision(NamedTuple):
+    """A decision whose chunk is being executed."""
 
-    An environment that was done is reset in this slot; its transition is not valid.
+    carry: RolloutState  # before it
+    env: EnvState  # after it; of a `HostedEnv`: submitted
+    sample: LatentSample
+    state: Float[Array, "N d"]
+
+
+def decide(system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, keys: Key[Array, " N"]) -> Decision:
+    """The first half of a slot: choose a chunk and let it be executed."""
+    chunk, sample, state = select_action(system, base, agent, carry.env, keys)
+    execute = system.env.submit if isinstance(system.env, HostedEnv) else system.env.step
+    return Decision(carry, execute(carry.env, chunk), sample, state)
+
+
+def record(
+    system: System, decision: Decision, after_decision: Decision | None = None
+) -> tuple[RolloutState, tuple[Transition, Episodes]]:
+    """The second half of a slot: what became of it. `next_state` still holds s_t; `rollout` shifts it.
+
+    An environment that was done is reset in this slot; its transition is not valid. `after_decision`: one that must
+    have been submitted before this one is waited for.
     """
-    config, before = system.config.rollout, carry.env
-    keys = slot_keys(key, before.reward.shape[0])
-    chunk, sample, state = select_action(system, base, agent, before, keys)
-    after = system.env.step(before, chunk)
+    config, carry, sample, state = system.config.rollout, decision.carry, decision.sample, decision.state
+    before, after = carry.env, decision.env
+    if isinstance(system.env, HostedEnv):
+        after = system.env.collect(after, None if after_decision is None else after_decision.env)
     resets = before.done
     valid = ~resets & ~after.fault
     reward = jnp.where(valid, learner_reward(config, after), 0.0)
@@ -172,13 +195,42 @@ def decision_step(
     episodes = Episodes(
         ended=valid & after.done,
         success=valid & after.success,
-        fault=~resets & after.fault,
+        fault=after.fault,
         ret=episode_return,
         control_steps=after.control_steps,
         executed=jnp.where(resets, 0, after.control_steps - before.control_steps),
-        env_id=before.env_id,
+        env_id=after.env_id,
     )
     return RolloutState(after, episode_return, episode_discount), (transition, episodes)
+
+
+def decision_step(
+    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""]
+) -> tuple[RolloutState, tuple[Transition, Episodes]]:
+    """One slot of all environments: decide, execute the chunk, record."""
+    keys = slot_keys(key, carry.env.reward.shape[0])
+    return record(system, decide(system, base, agent, carry, keys))
+
+
+def _in_turns(
+    system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, keys: Key[Array, " T"], scan: Callable
+) -> tuple[RolloutState, tuple[Transition, Episodes]]:
+    """T slots in which two halves of the environments take turns: one simulates while the other decides."""
+    num, half = carry.env.reward.shape[0], carry.env.reward.shape[0] // 2
+    turns = jax.vmap(lambda key: slot_keys(key, num))(keys).reshape(-1, half)
+    first, second = (jax.tree.map(lambda leaf: leaf[:half], carry), jax.tree.map(lambda leaf: leaf[half:], carry))
+
+    def turn(pair, keys):
+        ready, flying = pair
+        submitted = decide(system, base, agent, ready, keys)
+        landed, slot = record(system, flying, submitted)
+        return (landed, submitted), slot
+
+    (first, flying), slots = scan(turn, (second, decide(system, base, agent, first, turns[0])), turns[1:])
+    second, slot = record(system, flying)
+    carry = jax.tree.map(lambda *halves: jnp.concatenate(halves), first, second)
+    slots = jax.tree.map(lambda most, last: jnp.concatenate([most, last[None]]), slots, slot)
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(len(keys), num, *leaf.shape[2:]), slots)
 
 
 def _shift(system: System, base: FrozenBase, carry: RolloutState, transition: Transition) -> Transition:
@@ -187,25 +239,44 @@ def _shift(system: System, base: FrozenBase, carry: RolloutState, transition: Tr
     return transition._replace(next_state=jnp.concatenate([transition.state[1:], last[None]]))
 
 
+def _rollout(
+    system: System,
+    base: FrozenBase,
+    agent: PyTree,
+    carry: RolloutState,
+    key: Key[Array, ""],
+    num_decisions: int,
+    scan: Callable,
+) -> tuple[RolloutState, Transition, Episodes]:
+    def body(carry, key):
+        return decision_step(system, base, agent, carry, key)
+
+    keys = jax.random.split(key, num_decisions)
+    even = carry.env.reward.shape[0] % 2 == 0
+    if isinstance(system.env, HostedEnv) and system.env.overlap and even:
+        carry, (transition, episodes) = _in_turns(system, base, agent, carry, keys, scan)
+    else:
+        carry, (transition, episodes) = scan(body, carry, keys)
+    return carry, _shift(system, base, carry, transition), episodes
+
+
 def rollout(
     system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
 ) -> tuple[RolloutState, Transition, Episodes]:
     """T decisions of all environments; Transition and Episodes have leading axes [T, N]."""
-
-    def body(carry, key):
-        return decision_step(system, base, agent, carry, key)
-
-    carry, (transition, episodes) = jax.lax.scan(body, carry, jax.random.split(key, num_decisions))
-    return carry, _shift(system, base, carry, transition), episodes
+    return _rollout(system, base, agent, carry, key, num_decisions, jax.lax.scan)
 
 
 def python_rollout(
     system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
 ) -> tuple[RolloutState, Transition, Episodes]:
-    """`rollout` as a Python loop over the same step, for debugging and for host simulators."""
+    """`rollout` as a Python loop over the same steps, for debugging and for host simulators."""
+    return _rollout(system, base, agent, carry, key, num_decisions, _python_scan)
+
+
+def _python_scan(body: Callable, carry: PyTree, inputs: Array) -> tuple[PyTree, PyTree]:
     slots = []
-    for slot_key in jax.random.split(key, num_decisions):
-        carry, slot = decision_step(system, base, agent, carry, slot_key)
+    for one in inputs:
+        carry, slot = body(carry, one)
         slots.append(slot)
-    transition, episodes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slots)
-    return carry, _shift(system, base, carry, transition), episodes
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *slots)

@@ -20,7 +20,7 @@ from fpo_jax.rollout import (
     rollout,
     start,
 )
-from fpo_jax.types import Metrics, Params, Transition
+from fpo_jax.types import HostedEnv, Metrics, Params, Transition
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,9 @@ def init(system: System, base_params: Params) -> TrainState:
     zero = jnp.zeros((), jnp.uint32)
     base, finished, executed = FrozenBase(base_params), zero, zero
     if system.base.standardize:
-        base, episodes = standardized(system, base, carry)
+        base, played, episodes = standardized(system, base, carry)
+        if isinstance(system.env, HostedEnv):  # simulations that are elsewhere cannot be taken back
+            carry = played
         finished, executed = (jnp.sum(x).astype(jnp.uint32) for x in (episodes.ended, episodes.executed))
     play = partial(rollout, system, num_decisions=config.rollout.decisions)
     _, shapes, _ = jax.eval_shape(play, base, agent, carry, key)
@@ -53,20 +55,24 @@ def init(system: System, base_params: Params) -> TrainState:
     return TrainState(agent, base.features, carry, window, key, zero, finished, executed)
 
 
-def standardized(system: System, base: FrozenBase, carry: RolloutState) -> tuple[FrozenBase, Episodes]:
-    """The base with its feature statistics, over whole episodes that it plays alone, and these episodes."""
+def standardized(system: System, base: FrozenBase, carry: RolloutState) -> tuple[FrozenBase, RolloutState, Episodes]:
+    """The base with its feature statistics, over whole episodes that it plays alone; what it left; these episodes."""
     alone = base_system(system)
     decisions = max(system.config.rollout.decisions, system.env.spec.decisions)
     key = jax.random.fold_in(jax.random.key(system.config.seed), 3)  # `init` splits the same key in three
-    _, transition, episodes = rollout(alone, base, fixed.base(alone.dims.latent), carry, key, decisions)
+    played, transition, episodes = rollout(alone, base, fixed.base(alone.dims.latent), carry, key, decisions)
     size = system.base.feature_dim
     features = transition.state[..., :size].reshape(-1, size)
-    return base._replace(features=feature_stats(features, transition.valid.reshape(-1))), episodes
+    return base._replace(features=feature_stats(features, transition.valid.reshape(-1))), played, episodes
 
 
-def episode_metrics(episodes: Episodes) -> Metrics:
-    """Rates over the episodes that ended in this rollout [T, N]; NaN where none did."""
+def episode_metrics(episodes: Episodes, tasks: tuple[str, ...] = ()) -> Metrics:
+    """Rates over the episodes that ended in this rollout [T, N], and of each task of a suite; NaN where none did."""
     count = jnp.sum(episodes.ended)
+
+    def task_rate(index):
+        ended = episodes.ended & (episodes.env_id == index)
+        return jnp.sum(ended & episodes.success) / jnp.where(jnp.any(ended), jnp.sum(ended), jnp.nan)
 
     def over_ended(x):
         return jnp.sum(jnp.where(episodes.ended, x, 0)) / jnp.where(count > 0, count, jnp.nan)
@@ -77,7 +83,7 @@ def episode_metrics(episodes: Episodes) -> Metrics:
         "return": over_ended(episodes.ret),
         "episode_length": over_ended(episodes.control_steps),
         "invalid_episodes": jnp.sum(episodes.fault),
-    }
+    } | ({f"success_rate/{name}": task_rate(i) for i, name in enumerate(tasks)} if len(tasks) > 1 else {})
 
 
 def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
@@ -110,7 +116,9 @@ def train_iteration(system: System, base_params: Params, state: TrainState) -> t
     )
     window = buffer.append(state.window, transition)
     agent, update_metrics = update_phase(system, state.agent, window, update_key)
-    episode = episode_metrics(episodes)
+    episode = episode_metrics(episodes, system.env.spec.tasks)
+    never_began = jnp.where(state.iteration == 0, jnp.sum(state.rollout.env.fault), 0)
+    episode["invalid_episodes"] += never_began  # before the first decision: no rollout has seen them
     state = TrainState(
         agent,
         state.features,

@@ -39,10 +39,14 @@ class Observation(NamedTuple):
     image_masks: dict[str, Bool[Array, " N"]] | None = None  # False: that camera is absent
     prompt: Int[Array, "N l"] | None = None  # token ids
     prompt_mask: Bool[Array, "N l"] | None = None
+    task: Int[Array, " N"] | None = None  # which of `EnvSpec.prompts`, in suites of tasks
 
 
 class EnvState(NamedTuple):
-    """N environments at a decision. A pure value: saving it and loading it resumes the simulation exactly."""
+    """N environments at a decision. A pure value: saving it and loading it resumes the simulation exactly.
+
+    Not that of a `HostedEnv`: episodes that were running in another process are lost, and end with a fault.
+    """
 
     physics: PyTree  # the backend's own arrays, leading axis N
     observation: Observation
@@ -93,6 +97,10 @@ class EnvSpec(NamedTuple):
     episode_length: int  # control steps until truncation
     execute_steps: int  # control steps per decision, H <= h
     control_hz: float
+    tasks: tuple[str, ...] = ()  # of a suite, by `EnvState.env_id`; () where there is one
+    prompts: tuple[str, ...] = ()  # each task in words, by `Observation.task`; () where the base knows its task
+    test_episodes: int = 0  # numbered episodes that `HostedEnv.reset_test` has, 0: initial states are drawn by keys
+    protocol: dict[str, Any] | None = None  # whatever else results depend on, as they state it
 
     @property
     def decisions(self) -> int:
@@ -130,6 +138,29 @@ class Env(Protocol):
     def reset(self, keys: Key[Array, " N"]) -> EnvState: ...
 
     def step(self, state: EnvState, chunk: Float[Array, "N h a"]) -> EnvState: ...
+
+
+@runtime_checkable
+class HostedEnv(Env, Protocol):
+    """An `Env` whose simulators are elsewhere: `step(state, chunk)` is `collect(submit(state, chunk))`.
+
+    Simulators work between the two. `collect` does not begin before `after` was submitted: without that, a compiled
+    program would be free to wait first and submit later. `problem` is why the run must stop, or None.
+    """
+
+    overlap: bool  # a rollout may let one half of the environments simulate while it decides for the other
+
+    def submit(self, state: EnvState, chunk: Float[Array, "N h a"]) -> EnvState: ...
+
+    def collect(self, state: EnvState, after: EnvState | None = None) -> EnvState: ...
+
+    def reset_test(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> EnvState: ...
+
+    def problem(self) -> str | None: ...
+
+    def report(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
 
 
 @runtime_checkable  # beartype checks it in tests

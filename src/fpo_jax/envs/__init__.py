@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 
+from fpo_jax.config import LiberoOptions
 from fpo_jax.types import Camera, Env, FpoError, suggestion
 
 # Backends are imported by `make_env` alone: each needs packages or devices that the others don't.
 ENVS = {
     "aloha_transfer_cube": ("mujoco", "mjx", "warp"),  # name -> its physics backends, the CPU one first
     "point_mass": ("jax",),
+    **dict.fromkeys(("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"), ("mujoco",)),
 }
 
 
@@ -19,12 +21,13 @@ def make_env(
     physics: str = "auto",
     episode_length: int | None = None,
     execute_steps: int | None = None,
-    camera: Camera | None = None,
+    camera: Camera | tuple[Camera, ...] | None = None,
+    libero: LiberoOptions | None = None,
 ) -> Env:
     """Build the environment `name` of ENVS on one of its physics backends; None keeps the task's own default [steps].
 
     physics="auto": MuJoCo's C engine on CPU, MJX-Warp on NVIDIA GPUs where it is installed, else MJX. With a camera,
-    the observations have its pictures.
+    the observations have its pictures; LIBERO takes several. One task of a LIBERO suite is `suite/task`.
 
     Raises FpoError for what there is not, and where a camera finds no OpenGL library.
     """
@@ -34,6 +37,12 @@ def make_env(
     for key, value in options.items():
         if value < 1:
             raise FpoError(f"{key} must be at least 1 control step, not {value}.")
+    cameras = (camera,) if isinstance(camera, Camera) else camera or ()
+    if name.startswith("libero"):
+        from fpo_jax.envs.libero import make_libero
+
+        return make_libero(name, cameras, libero or LiberoOptions(), **options)
+    camera = cameras[0] if cameras else None
     if name == "point_mass":
         from fpo_jax.envs.point_mass import PointMass
 
@@ -51,11 +60,14 @@ def make_env(
 
 def resolve_physics(name: str, physics: str = "auto") -> str:
     """The backend that `physics` means for this environment on this machine. Raises FpoError for unknown names."""
-    if name not in ENVS:
-        raise FpoError(f"There is no environment {name!r}{suggestion(name, ENVS)}")
-    physics = _default_physics(ENVS[name]) if physics == "auto" else physics
-    if physics not in ENVS[name]:
-        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[name])}")
+    suite, slash, task = name.partition("/")
+    if suite not in ENVS:
+        raise FpoError(f"There is no environment {name!r}{suggestion(suite, ENVS)}")
+    if slash and not suite.startswith("libero"):
+        raise FpoError(f"The environment {suite!r} has no task {task!r}: only LIBERO's suites have tasks.")
+    physics = _default_physics(ENVS[suite]) if physics == "auto" else physics
+    if physics not in ENVS[suite]:
+        raise FpoError(f"The environment {name!r} has no physics {physics!r}{suggestion(physics, ENVS[suite])}")
     return physics
 
 

@@ -62,5 +62,5 @@ def open_base(
         policy, params = load_policy(folder)
         return policy, lambda: params
     shipped = (file.parent.name for kind in ("config.json", OPENPI_FILE) for file in root.glob(f"*/{kind}"))
-    known = sorted({*ANALYTIC, *OPENPI_CONFIGS, *shipped})
+    known = [*sorted({*ANALYTIC, *shipped}), *OPENPI_CONFIGS]
     raise FpoError(f"There is no base policy called '{name}' in {root}{suggestion(name, known)}")

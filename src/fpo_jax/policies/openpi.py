@@ -4,7 +4,7 @@
 state, action tokens) on it, so several latents for one observation cost one prefix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -45,10 +45,22 @@ class OpenpiPolicy:
 
     config: OpenpiConfig
     cameras: tuple[str, ...]  # the environment's names
-    prompt: tuple[int, ...]  # token ids of the default task; () where `tokenizer` writes them at run time
-    tokenizer: Tokenizer | None = None  # for π0.5 with the robot state as words of the prompt
+    prompt: tuple[int, ...]  # token ids of the default task; () where they are written at run time, or there is none
+    tokenizer: Tokenizer | None = None
+    prompts: tuple[str, ...] = ()  # of a suite, by `Observation.task`; () for the default task
     features: Literal["mean", "last_token", "proprio"] = "mean"
     denoise_steps: int = 10
+
+    def with_prompts(self, prompts: Sequence[str]) -> "OpenpiPolicy":
+        """The same base for a suite of tasks; an observation's `task` says which. Raises FpoError without tokenizer."""
+        if self.tokenizer is None:
+            raise FpoError("This base cannot read the tasks' prompts: give its tokenizer by --openpi.tokenizer.")
+        return replace(self, prompts=tuple(prompts))
+
+    @property
+    def writes_state(self) -> bool:
+        """The robot state is part of the prompt, in words (π0.5)."""
+        return self.config.model.pi05 and self.config.discrete_state_input
 
     @property
     def horizon(self) -> int:
@@ -132,25 +144,41 @@ class OpenpiPolicy:
     def _prompt(
         self, observation: Observation, state: Float[Array, "N A"]
     ) -> tuple[Int[Array, "N l"], Bool[Array, "N l"]]:
-        """The environment's prompt where it gives one, else the default task's."""
+        """The environment's prompt where it gives one, that of its task in a suite, else the default task's."""
         num = len(state)
         if observation.prompt is not None:
             assert observation.prompt_mask is not None
-            if self.tokenizer is not None:
+            if self.writes_state:
                 raise FpoError("This base writes the robot state into its prompt: the environment must not give one.")
             return observation.prompt, observation.prompt_mask
-        if self.tokenizer is None:
-            ids = jnp.asarray(self.prompt, jnp.int32)
-            return jnp.broadcast_to(ids[None], (num, len(self.prompt))), jnp.ones((num, len(self.prompt)), bool)
-        tokenizer, task, dim = self.tokenizer, self.config.prompt or "", self.transform.state_dim
-        length = tokenizer.trimmed_length([task], dim, self.config.max_token_len)
+        if self.config.prompt is None and not self.prompts:
+            raise FpoError("This base has no task of its own: give it in words, as in --openpi.prompt 'Transfer cube'.")
+        task = jnp.zeros(num, jnp.int32) if observation.task is None or not self.prompts else observation.task
+        if not self.writes_state:
+            ids, mask = self._prompt_table
+            return jnp.asarray(ids)[task], jnp.asarray(mask)[task]
+        assert self.tokenizer is not None
+        tokenizer, dim = self.tokenizer, self.transform.state_dim
+        prompts = self.prompts or (self.config.prompt or "",)
+        length = tokenizer.trimmed_length(prompts, dim, self.config.max_token_len)
 
-        def tokenize(values: Array) -> tuple[np.ndarray, np.ndarray]:
-            return tokenizer.tokenize_batch([task] * num, np.asarray(values), length)
+        def tokenize(task: Array, values: Array) -> tuple[np.ndarray, np.ndarray]:
+            words = [prompts[index] for index in np.asarray(task).tolist()]
+            return tokenizer.tokenize_batch(words, np.asarray(values), length)
 
         shapes = jax.ShapeDtypeStruct((num, length), jnp.int32), jax.ShapeDtypeStruct((num, length), jnp.bool_)
-        ids, mask = jax.pure_callback(tokenize, shapes, state[:, :dim])
+        ids, mask = jax.pure_callback(tokenize, shapes, task, state[:, :dim])
         return ids, mask
+
+    @cached_property
+    def _prompt_table(self) -> tuple[Int[np.ndarray, "K l"], Bool[np.ndarray, "K l"]]:
+        """Token ids of every task, padded to the longest, and which of them are tokens."""
+        if not self.prompts:
+            ids = np.asarray(self.prompt, np.int32)[None]
+            return ids, np.ones_like(ids, bool)
+        assert self.tokenizer is not None
+        length = self.tokenizer.trimmed_length(self.prompts, None, self.config.max_token_len)
+        return self.tokenizer.tokenize_batch(self.prompts, None, length)
 
     def _summary(self, hidden: Float[Array, "N P w"], mask: Bool[Array, "N P"]) -> Float[Array, "N s"]:
         """What the actor sees of the prefix's last hidden states; invalid rows hold arbitrary numbers."""
@@ -189,7 +217,7 @@ def open_openpi(
         prompt=options.prompt or config.prompt,
         asset_id=options.asset_id or config.asset_id,
     )
-    if config.prompt is None:
+    if config.prompt is None and config.robot != "libero":  # LIBERO's suites come with their prompts
         raise FpoError("This base has no task of its own: give it in words, as in --openpi.prompt 'Transfer cube'.")
     params_folder(directory)  # a wrong directory is said to be one, before what it lacks
     norm = load_norm_stats(directory, config.asset_id)
@@ -200,13 +228,12 @@ def open_openpi(
             f"The tokenizer has {tokenizer.vocab_size} tokens, but the model knows {config.model.vocab_size}: give the "
             "one that the checkpoint was trained with by --openpi.tokenizer."
         )
-    writes_state = config.model.pi05 and config.discrete_state_input
-    ids, mask = tokenizer.tokenize(config.prompt, None, config.max_token_len)
+    ids, mask = tokenizer.tokenize(config.prompt or "", None, config.max_token_len)
     policy = OpenpiPolicy(
         config,
         cameras=SIMULATED_CAMERAS[config.robot],
-        prompt=() if writes_state else tuple(ids[mask].tolist()),
-        tokenizer=tokenizer if writes_state else None,
+        prompt=tuple(ids[mask].tolist()) if config.prompt is not None else (),
+        tokenizer=tokenizer,
         features=options.features,
         denoise_steps=options.denoise_steps,
     )

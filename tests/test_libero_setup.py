@@ -1,0 +1,202 @@
+"""LIBERO's set-up: what is missing is said in one sentence, what is done is not done again."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fpo_jax.envs import libero_files, libero_setup
+from fpo_jax.types import FpoError
+from libero_venv import installed
+
+NEEDED = Path(libero_setup.__file__).with_name("libero_assets.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def venv(tmp_path, monkeypatch):
+    """Where the default virtual environment is to be."""
+    monkeypatch.setenv("FPO_JAX_LIBERO", str(tmp_path / "venv"))
+    return tmp_path / "venv"
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """Assets with every file that is needed, and a manifest."""
+    rows = ["path\tbytes\tsha256\torigin"]
+    for name in NEEDED:
+        file = tmp_path / "pack" / "assets" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        origin = "stand-in" if name.endswith("plate/texture.png") else "original"
+        rows.append(f"{name}\t{len(name)}\t{hashlib.sha256(name.encode()).hexdigest()}\t{origin}")
+    (tmp_path / "pack" / "MANIFEST.tsv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "pack"
+
+
+def complaint(action) -> str:
+    with pytest.raises(FpoError) as error:
+        action()
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+# --- where things are
+
+
+def test_the_default_place(monkeypatch, tmp_path):
+    monkeypatch.delenv("FPO_JAX_LIBERO", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert libero_setup.default_venv() == tmp_path / "fpo_jax" / "libero"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert libero_setup.default_venv() == Path.home() / ".cache" / "fpo_jax" / "libero"
+    monkeypatch.setenv("FPO_JAX_LIBERO", "~/elsewhere")
+    assert libero_setup.default_venv() == Path.home() / "elsewhere"
+
+
+def test_finding_what_was_set_up(venv, tmp_path):
+    assert "python -m fpo_jax.envs.libero_setup --assets" in complaint(libero_setup.find)
+    venv.mkdir()
+    (venv / libero_files.RECORD).write_text("{")  # an interrupted run
+    assert "not set up" in complaint(libero_setup.find)
+    (tmp_path / "assets").mkdir()
+    record = {"python": sys.executable, "assets": str(tmp_path / "assets")}
+    (venv / libero_files.RECORD).write_text(json.dumps(record))
+    assert libero_setup.find() == (Path(sys.executable), tmp_path / "assets")
+    assert libero_setup.find(assets=str(tmp_path)) == (Path(sys.executable), tmp_path)
+    assert "no_such" in complaint(lambda: libero_setup.find(assets=str(tmp_path / "no_such")))
+    (venv / libero_files.RECORD).unlink()
+    assert libero_setup.find(sys.executable, str(tmp_path)) == (Path(sys.executable), tmp_path)
+
+
+# --- assets
+
+
+def test_assets_are_found_in_what_users_have(pack, tmp_path):
+    assets = pack / "assets"
+    for given in (assets, pack, tmp_path):
+        assert libero_setup.locate_assets(given) == assets
+    checkout = tmp_path / "LIBERO" / "libero" / "libero"
+    checkout.mkdir(parents=True)
+    shutil.move(assets, checkout)
+    for given in (tmp_path / "LIBERO", tmp_path):
+        assert libero_setup.locate_assets(given) == checkout / "assets"
+    assert "Lifelong-Robot-Learning/LIBERO" in complaint(lambda: libero_setup.locate_assets(pack))
+
+
+def test_assets_are_compared_with_their_manifest(pack):
+    assets = pack / "assets"
+    assert libero_setup.check_assets(assets) == (
+        "all as in MANIFEST.tsv; 1 are stand-ins: results on pictures are not official"
+    )
+    (assets / NEEDED[3]).write_text("x" * len(NEEDED[3]))  # of the right size
+    assert f"in 1 ({NEEDED[3]}) files" in complaint(lambda: libero_setup.check_assets(assets))
+
+
+def test_assets_without_a_manifest_need_all_files(pack):
+    (pack / "MANIFEST.tsv").unlink()
+    assets = pack / "assets"
+    (assets / "something_else.txt").touch()
+    assert libero_setup.check_assets(assets) == f"all {len(NEEDED)} files that LIBERO's 130 tasks need"
+    for name in NEEDED[:4]:
+        (assets / name).unlink()
+    text = complaint(lambda: libero_setup.check_assets(assets))
+    assert f"lacks 4 ({', '.join(NEEDED[:3])}, ...) of {len(NEEDED)} files" in text
+
+
+def test_without_assets_it_says_where_they_are(venv, tmp_path):
+    text = complaint(lambda: list(libero_setup.set_up()))
+    assert "Lifelong-Robot-Learning/LIBERO" in text and "--assets FOLDER" in text
+    assert "no_such" in complaint(lambda: list(libero_setup.set_up(tmp_path / "no_such")))
+    assert "holds no LIBERO assets" in complaint(lambda: list(libero_setup.set_up(tmp_path)))
+    assert not venv.exists()
+
+
+def test_the_command_fails_with_one_sentence(venv):
+    command = [sys.executable, "-m", "fpo_jax.envs.libero_setup"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("Error: LIBERO's assets are missing")
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+# --- the virtual environment
+
+
+def test_a_folder_with_other_things_is_left_alone(venv, pack):
+    venv.mkdir()
+    (venv / "thesis.tex").touch()
+    assert "choose another --venv" in complaint(lambda: list(libero_setup.set_up(pack)))
+    assert [file.name for file in venv.iterdir()] == ["thesis.tex"]
+
+
+def test_what_pip_says_is_passed_on(venv, pack, monkeypatch):
+    pip = "import sys; print('ERROR: No matching distribution found for mujoco==3.3.7'); sys.exit('and more')"
+    run = libero_setup._run
+    monkeypatch.setattr(
+        libero_setup, "_run", lambda complaint, command: run(complaint, [sys.executable, "-S", "-c", pip])
+    )
+    text = complaint(lambda: list(libero_setup.set_up(pack)))
+    assert "cannot be made (ERROR: No matching distribution found for mujoco==3.3.7)" in text
+    assert "no_such_program" in complaint(lambda: run("It fails", ["no_such_program"]))
+
+
+def test_nothing_is_done_twice(venv, pack, tmp_path, monkeypatch):
+    """The archive is unpacked and the packages are installed once; another archive is unpacked anew."""
+    commands = []
+
+    def run(complaint, command):
+        commands.append(command[1:3])
+        if command[1:3] == ["-m", "venv"]:
+            libero = venv / "bin" / "python"
+            libero.parent.mkdir(parents=True)
+            libero.touch()
+            (venv / "pyvenv.cfg").touch()
+        if command[1] == "-c":
+            assert command[2] == libero_setup._UNPACK
+            shutil.copytree(pack, Path(command[4]) / "pack")
+
+    hello = {"opengl": "egl", "versions": {"mujoco": "3.3.7"}, "stand_ins": 1}
+    monkeypatch.setattr(libero_setup, "_run", run)
+    monkeypatch.setattr(libero_setup, "try_out", lambda python, assets: (hello, "one reset"))
+    archive = tmp_path / "pack.tar.zst"
+    archive.write_text("1")
+    lines = list(libero_setup.set_up(archive))
+    assert [command[:2] for command in commands[:3]] == [["-m", "venv"], ["-m", "pip"], ["-m", "pip"]]
+    assert len(commands) == 4 and "made" in lines[0] and "unpacked from pack.tar.zst" in lines[1]
+    assert lines[-1] == "LIBERO is ready: mujoco 3.3.7."
+    assert libero_setup.find() == (venv / "bin" / "python", venv / "assets" / "pack" / "assets")
+
+    first = libero_setup.read_record(venv)
+    assert first["stand_ins"] == 1 and first["opengl"] == "egl"
+    for given in (archive, None):
+        lines = list(libero_setup.set_up(given))
+        assert len(commands) == 4 and "was there" in lines[0] and "unpacked before" in lines[1]
+        assert libero_setup.read_record(venv) == first
+    archive.unlink()  # what was unpacked stays
+    list(libero_setup.set_up())
+    assert len(commands) == 4 and libero_setup.read_record(venv) == first
+    archive.write_text("another")
+    list(libero_setup.set_up())
+    assert len(commands) == 5 and libero_setup.read_record(venv) != first
+    lines = list(libero_setup.set_up(pack))
+    assert len(commands) == 5 and "used where it is" in lines[1]
+    assert libero_setup.find()[1] == pack / "assets"
+
+
+# --- LIBERO itself
+
+
+@pytest.mark.libero
+def test_setting_up_again_is_quick():
+    python, assets = installed()
+    start = time.monotonic()
+    lines = list(libero_setup.set_up())
+    assert time.monotonic() - start < 120
+    assert "was there" in lines[0] and lines[-1].startswith("LIBERO is ready: mujoco 3.3.7")
+    assert libero_setup.find() == (python, assets)
+    assert (libero_setup.default_venv() / libero_files.CONFIG / "config.yaml").is_file()
