@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -20,7 +20,7 @@ from fpo_jax.evaluate import Evaluator
 from fpo_jax.fit import build
 from fpo_jax.rollout import FrozenBase
 from fpo_jax.steerability import CrossEntropySettings, best_constant_latent, floors, success_table, variance_shares
-from fpo_jax.types import FpoError
+from fpo_jax.types import FpoError, Quality
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Args:
     """Where the weights of an openpi base lie, as in train.py."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
     """How an openpi base is read, as in train.py."""
-    render: Literal["official", "fast", "raycast"] = "official"
+    render: Quality | None = None
     """Camera images, as in train.py."""
     episode_length: int | None = None
     """Control steps per episode; by default the environment's."""

@@ -13,12 +13,13 @@ RANKS = [
     {"types", "config"},
     {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos", "images"},
     {"envs", "policies", "algorithms"},
-    {"clone", "clone_pi0", "rollout"},
+    {"clone"},
+    {"clone_pi0", "rollout"},
     {"train", "evaluate"},
     {"video", "steerability"},
     {"fit"},
 ]
-SIBLINGS = {0, 1, 4}  # environments, policies and algorithms never import each other
+SIBLINGS = {0, 1, 5}  # environments, policies and algorithms never import each other
 # Leaves, with what they may import; only LEAF_USERS and experiments import a leaf.
 LEAVES = {
     "checkpoint": {"types", "config"},

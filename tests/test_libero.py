@@ -241,7 +241,7 @@ def test_a_base_that_wants_two_cameras_gets_them(monkeypatch):
             prompts.append(words)
             return self
 
-    monkeypatch.setattr(fit_module, "open_base", lambda *args, **kwargs: (Seeing(), lambda: {}))
+    monkeypatch.setattr(fit_module, "open_base", lambda *args, **kwargs: (Seeing(), dict))
     system, _ = fit_module.build(replace(LIBERO, physics="auto"))
     try:
         state = system.env.reset(keys(2))

@@ -113,6 +113,23 @@ def make_optimizer(config: CloneConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip), optax.adam(schedule))
 
 
+def descend(
+    optimizer: optax.GradientTransformation, ema_decay: float, state: CloneState, gradient: Params
+) -> CloneState:
+    """One gradient step, and its weights into the average."""
+    update, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
+    weights = optax.apply_updates(state.weights, update)
+    # A short memory at first, so that the average forgets the random initial weights.
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    average = optax.incremental_update(weights, state.average, 1.0 - decay)
+    return CloneState(weights, average, optimizer_state, state.step + 1)
+
+
+def begin(optimizer: optax.GradientTransformation, weights: Params) -> CloneState:
+    """The state before the first step."""
+    return CloneState(weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights), jnp.zeros((), jnp.int32))
+
+
 @functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("state",))
 def train_steps(
     config: CloneConfig, data: CloneData, state: CloneState, key: Key[Array, ""], steps: int
@@ -126,12 +143,7 @@ def train_steps(
         value, gradient = jax.value_and_grad(lambda weights: loss(config, weights, features, chunk, key_loss))(
             state.weights
         )
-        update, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
-        weights = optax.apply_updates(state.weights, update)
-        # A short memory at first, so that the average forgets the random initial weights.
-        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        average = optax.incremental_update(weights, state.average, 1.0 - decay)
-        return CloneState(weights, average, optimizer_state, state.step + 1), value
+        return descend(optimizer, config.ema_decay, state, gradient), value
 
     state, losses = jax.lax.scan(step, state, jax.random.split(key, steps))
     return state, {"loss": losses.mean()}
@@ -198,9 +210,7 @@ def clone(
     train = jax.tree.map(lambda leaf: leaf[order[heldout:]], data)
     test = jax.tree.map(lambda leaf: leaf[order[:heldout]], data)
     weights = params["network"]
-    state = CloneState(
-        weights, jax.tree.map(jnp.copy, weights), make_optimizer(config).init(weights), jnp.zeros((), jnp.int32)
-    )
+    state = begin(make_optimizer(config), weights)
     done = 0
     while done < config.steps:
         steps = min(config.steps_per_call, config.steps - done)

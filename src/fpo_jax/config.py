@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fpo_jax.types import FpoError, suggestion
+from fpo_jax.types import FpoError, Quality, suggestion
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,9 @@ class TrainConfig:
     """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint."""
-    render: Literal["official", "fast", "raycast"] = "official"
-    """Camera images, for bases that see: official as gym-aloha draws them; fast without shadows and multisampling;
-    raycast by MJX-Warp on the GPU, which look different (physics=warp only)."""
+    render: Quality | None = None
+    """Camera images, by default as the base was trained on: official as gym-aloha draws them; fast without shadows and
+    multisampling; raycast by MJX-Warp on the GPU, which look different (physics=warp only)."""
     preset: str = "default"
     """Named settings, see PRESETS; options given beside it override it."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)

@@ -31,7 +31,7 @@ from fpo_jax.policies.small import check_action_space
 from fpo_jax.provenance import provenance, tree_crc32
 from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.train import TrainState
-from fpo_jax.types import Camera, FpoError, HostedEnv, Params
+from fpo_jax.types import Camera, FpoError, HostedEnv, Params, Quality
 from fpo_jax.video import record_comparison
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
@@ -43,7 +43,8 @@ def build(config: TrainConfig) -> tuple[System, Params]:
     check(config)
     resolve_physics(config.env, config.physics)
     base, load = open_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
-    cameras = tuple(Camera(name, base.image_size, config.render) for name in base.cameras)
+    trained_on: Quality = getattr(base, "render", "official")
+    cameras = tuple(Camera(name, base.image_size, config.render or trained_on) for name in base.cameras)
     env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, cameras, config.libero)
     check_action_space(base, env.spec)
     with_prompts = getattr(base, "with_prompts", None)  # of bases that read words

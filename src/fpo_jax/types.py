@@ -108,13 +108,16 @@ class EnvSpec(NamedTuple):
         return -(-self.episode_length // self.execute_steps)
 
 
+# fast: no shadows, no multisampling; raycast: MJX-Warp's batch renderer, whose pictures look different
+Quality = Literal["official", "fast", "raycast"]
+
+
 class Camera(NamedTuple):
     """What a base wants to see: one camera, rendered once per decision, resized with padding to a square."""
 
     name: str  # the environment's own name of it, the key in `Observation.images`
     size: int  # edge of the square image [pixels]
-    # fast: no shadows, no multisampling; raycast: MJX-Warp's batch renderer, whose pictures look different
-    quality: Literal["official", "fast", "raycast"] = "official"
+    quality: Quality = "official"
 
 
 class Dims(NamedTuple):

@@ -83,6 +83,11 @@ class OpenpiPolicy:
         return self.config.model.image_size
 
     @property
+    def render(self) -> Literal["official", "fast"]:
+        """Quality of the pictures that it was trained on."""
+        return self.config.render
+
+    @property
     def standardize(self) -> bool:
         """Hidden states have no natural scale."""
         return True

@@ -33,6 +33,7 @@ class OpenpiConfig:
     adapt_to_pi: bool  # ALOHA's joint signs and grippers in the conventions of the real robot
     discrete_state_input: bool  # π0.5: the state is written into the prompt
     max_token_len: int  # prompts are padded or cut to it
+    render: Literal["official", "fast"] = "official"  # quality of simulated pictures that it was trained on
     checkpoint: str = ""  # public location of the weights; "": there are none
 
     @property
