@@ -33,9 +33,9 @@ class LiberoOptions:
     """LIBERO's protocol and its processes; ignored by other environments. The defaults are openpi's evaluation."""
 
     python: str | None = None
-    """The Python of LIBERO's own virtual environment; by default what `experiments/libero_setup.py` made."""
+    """The Python of LIBERO's own virtual environment; by default what `python -m fpo_jax.envs.libero_setup` made."""
     assets: str | None = None
-    """LIBERO's assets folder; by default what `experiments/libero_setup.py` found."""
+    """LIBERO's assets folder; by default what `python -m fpo_jax.envs.libero_setup` found."""
     train_inits: str = "sampled"
     """Where training begins: sampled (from the task's regions), all (official initial states), or a part, as 0:40."""
     test_inits: str = "all"

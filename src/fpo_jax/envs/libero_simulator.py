@@ -90,6 +90,8 @@ class Simulator:
                 self._restart(1)
             if init is not None:
                 self._set_state(self.inits[init])
+            else:
+                self.env._update_observables(force=True)  # sensors keep time as after an official state
             for self.looking in [False] * (WAIT_STEPS - 1) + [True]:
                 success = self._step(WAIT_ACTION)
         except Failure:
