@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from fpo_jax.envs import aloha, aloha_render_worker
+from fpo_jax.envs import aloha, aloha_render_worker, wire
 from fpo_jax.envs.common import num_cpus
 from fpo_jax.types import Camera, FpoError, suggestion
 
@@ -79,14 +79,14 @@ class _Worker:
 
     def hello(self) -> dict[str, Any]:
         """Its first message (see `aloha_render_worker.main`)."""
-        head, _ = aloha_render_worker.receive(self.connection)
+        head, _ = wire.receive(self.connection)
         self.connection.settimeout(_PICTURE_SECONDS)
         return head
 
     def render(self, qpos: Float[np.ndarray, "23"], request: dict[str, Any]) -> tuple[np.ndarray, float]:
         """(picture, CPU seconds since the process began). Raises FpoError where the process lives but fails."""
-        aloha_render_worker.send(self.connection, request, qpos.tobytes())
-        head, pixels = aloha_render_worker.receive(self.connection)
+        wire.send(self.connection, request, qpos.tobytes())
+        head, pixels = wire.receive(self.connection)
         if head["failed"]:
             raise FpoError(f"A picture could not be rendered ({head['failed']}): check the joint positions.")
         return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), head["cpu_seconds"]

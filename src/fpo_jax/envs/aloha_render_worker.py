@@ -4,11 +4,10 @@
 that came about. It never imports JAX, which would take longer than everything else it does to get ready.
 """
 
-import json
+import importlib.util
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -16,30 +15,14 @@ from typing import Any
 
 import numpy as np
 
-_LENGTHS = struct.Struct("<II")  # bytes of a message's two parts, which follow: a JSON object, raw data
 
-
-def send(connection: socket.socket, head: dict[str, Any], body: bytes = b"") -> None:
-    """One message. Raises OSError where the other end is gone or, on a socket with a timeout, stuck."""
-    text = json.dumps(head).encode()
-    connection.sendall(_LENGTHS.pack(len(text), len(body)) + text + body)
-
-
-def receive(connection: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """The next message. Raises OSError where the other end is gone or, on a socket with a timeout, stuck."""
-    head_length, body_length = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
-    return json.loads(_exactly(connection, head_length)), _exactly(connection, body_length)
-
-
-def _exactly(connection: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    rest = memoryview(data)
-    while rest:
-        received = connection.recv_into(rest)
-        if received == 0:
-            raise ConnectionError("the other end is closed")
-        rest = rest[received:]
-    return data
+def _load_wire() -> Any:
+    """The messages' module beside this file, by its path: importing it from `fpo_jax.envs` would import JAX."""
+    spec = importlib.util.spec_from_file_location("wire", Path(__file__).with_name("wire.py"))
+    assert spec is not None and spec.loader is not None
+    sys.modules["wire"] = wire = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wire)
+    return wire
 
 
 class _Painter:
@@ -83,7 +66,7 @@ def main(xml: str) -> None:
     Hello is {"failed": None, or why it cannot render; "opengl": True where OpenGL is to blame}.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other end to handle
-    connection = socket.socket(fileno=0)
+    wire, connection = _load_wire(), socket.socket(fileno=0)
     opengl = False
     try:
         from fpo_jax.images import resize_with_pad
@@ -97,11 +80,11 @@ def main(xml: str) -> None:
         opengl = True
         painter.renderer(48, 64, "fast")
     except Exception as error:  # what a missing library raises depends on the library
-        send(connection, {"failed": f"{type(error).__name__}: {error}", "opengl": opengl})
+        wire.send(connection, {"failed": f"{type(error).__name__}: {error}", "opengl": opengl})
         return
-    send(connection, {"failed": None})
+    wire.send(connection, {"failed": None})
     while True:
-        request, qpos = receive(connection)
+        request, qpos = wire.receive(connection)
         answer: dict[str, Any] = {"failed": None}
         pixels = b""
         try:
@@ -109,7 +92,7 @@ def main(xml: str) -> None:
             answer["shape"], pixels = image.shape, image.tobytes()
         except Exception as error:
             answer["failed"] = f"{type(error).__name__}: {error}"
-        send(connection, answer | {"cpu_seconds": time.process_time()}, pixels)
+        wire.send(connection, answer | {"cpu_seconds": time.process_time()}, pixels)
 
 
 if __name__ == "__main__":
