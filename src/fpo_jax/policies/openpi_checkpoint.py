@@ -294,6 +294,8 @@ def save_params(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = {"params": jax.tree.map(jnp.asarray, params)}
             checkpointer.save(epath.Path(partial / "params"), args=ocp.args.PyTreeSave(tree))
+        # Orbax's marker names the temporary place; openpi's released checkpoints have none.
+        (partial / "params" / "commit_success.txt").unlink(missing_ok=True)
         partial.replace(target)
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
