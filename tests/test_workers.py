@@ -1,5 +1,6 @@
 """Worker processes: what goes wrong is noticed, replaced and counted, and nothing stays behind."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -191,6 +192,7 @@ PARENT = """
 import os, signal, sys, threading, time
 from fpo_jax.envs.host import Episode
 from fpo_jax.envs.workers import WorkerPool, WorkerSettings
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 pool = WorkerPool(WorkerSettings(tuple(sys.argv[2:]), {"image_size": 8, "cameras": [], "max_chunk": 3},
                                  reset={"suite": "libero_90"}))
 for slot in range(3):
@@ -216,7 +218,8 @@ def test_no_worker_stays_behind(how):
         text=True,
         process_group=0,
     )
-    with parent:
+    with parent, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(parent.kill)  # a failure below must not wait for it for ever
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 3
         if mode == "wait":
