@@ -376,13 +376,13 @@ def bench(args: Args, console: Console) -> list[Record]:
     return [about | record for record in records]
 
 
-def main(arguments: list[str]) -> int:
-    args = tyro.cli(Args, args=arguments, description=__doc__)
-    console = Console()
-    path = args.out / f"{args.machine or default_machine()}.jsonl"
+def measure_and_append(
+    path: Path, console: Console, measure: Callable[[], list[Record]], show: Callable[[Console, list[Record]], None]
+) -> int:
+    """Measure, show, and append every record to `path` as a line; returns the exit code."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
-        records = bench(args, console)
+        records = measure()
         show(console, records)
         with path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
@@ -391,6 +391,13 @@ def main(arguments: list[str]) -> int:
         return 2
     console.print(f"Appended {len(records)} lines to {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    args = tyro.cli(Args, args=arguments, description=__doc__)
+    console = Console()
+    path = args.out / f"{args.machine or default_machine()}.jsonl"
+    return measure_and_append(path, console, lambda: bench(args, console), show)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ least traffic, i.e. weights, inputs and results once (by decode: once per Euler 
 as a check; where XLA counts the body of a loop once, so does the hand count that it is divided by.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench import circumstances, default_machine, peak_memory, timed
+from bench import circumstances, default_machine, measure_and_append, peak_memory, timed
 from bench_pi0_counts import STEPS, Work, decode_work, encode_work, loops_once, xla_counts_loops
 from rich.console import Console
 from rich.table import Table
@@ -331,18 +330,7 @@ def show(console: Console, records: list[Record]) -> None:
 def main(arguments: list[str]) -> int:
     args, console = tyro.cli(Args, args=arguments, description=__doc__), Console(width=128)
     path = args.out / f"{args.machine or default_machine()}.jsonl"
-    try:
-        args = resolve(args)
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
-        records = bench(args, console)
-        show(console, records)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    except (FpoError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    console.print(f"Appended {len(records)} lines to {path}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return measure_and_append(path, console, lambda: bench(resolve(args), console), show)
 
 
 if __name__ == "__main__":

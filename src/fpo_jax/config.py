@@ -241,7 +241,7 @@ class TrainConfig:
     execute_steps: int | None = None
     """Control steps executed per decision; by default the environment's (ALOHA 50, LIBERO 5)."""
     run_dir: str | None = None
-    """Where the run is written; by default runs/<env>-<preset>-s<seed>."""
+    """Where the run is written; by default runs/<env>[-<base>]-<preset>-s<seed>."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint."""
     render: Quality | None = None

@@ -63,12 +63,16 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 def settled(config: TrainConfig) -> TrainConfig:
     """The configuration as a run keeps it: what depends on this machine is decided, local paths are absolute."""
-    where = config.checkpoint
+
+    def absolute(where: str | None) -> str | None:
+        return str(Path(where).expanduser().resolve()) if where and "://" not in where else where
+
+    openpi = config.openpi
     return replace(
         config,
         physics=resolve_physics(config.env, config.physics),
-        checkpoint=str(Path(where).expanduser().resolve()) if where and "://" not in where else where,
-        openpi=replace(config.openpi, dtype=compute_dtype(config.openpi.dtype)),
+        checkpoint=absolute(config.checkpoint),
+        openpi=replace(openpi, dtype=compute_dtype(openpi.dtype), tokenizer=absolute(openpi.tokenizer)),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fpo_jax.config import OpenpiOptions
+from fpo_jax.policies.openpi import open_openpi
 from fpo_jax.policies.openpi_configs import OPENPI_CONFIGS, read_openpi_config
 from fpo_jax.policies.point_mass import PointMassPolicy
 from fpo_jax.policies.small import load_policy
@@ -46,8 +47,6 @@ def open_base(
     if (folder / OPENPI_FILE).is_file():
         config = replace(read_openpi_config(folder / OPENPI_FILE), checkpoint=str(folder))
     if config is not None:
-        from fpo_jax.policies.openpi import open_openpi
-
         return open_openpi(config, checkpoint, options)
     if "://" in name or (folder / "params").is_dir() or (folder / "_METADATA").is_file():
         raise FpoError(
