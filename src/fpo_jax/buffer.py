@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from fpo_jax.parallel import spread
 from fpo_jax.types import Transition
 
 
@@ -27,8 +28,12 @@ def append(window: Transition, rollout: Transition) -> Transition:
 
 
 def flatten(tree: PyTree, num_axes: int = 3) -> PyTree:
-    """Merge the leading axes [W, T, N] into one."""
-    return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:num_axes]), *leaf.shape[num_axes:]), tree)
+    """Merge the leading axes [W, T, N] into one, of which each device has its share."""
+
+    def merge(leaf: Array) -> Array:
+        return leaf.reshape(math.prod(leaf.shape[:num_axes]), *leaf.shape[num_axes:])
+
+    return spread(jax.tree.map(merge, tree))
 
 
 def minibatch_indices(

@@ -178,7 +178,9 @@ def _to_struct(leaf: Any) -> Any:
     """What Orbax needs in order to restore an array like this leaf: NumPy arrays stay on the host."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         struct = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        sharding = None if _is_key(leaf) else leaf.sharding  # the data of a key has one more axis than the key
+        # The data of a key has one more axis than the key, which a spec by names of axes leaves whole.
+        by_name = isinstance(leaf.sharding, jax.sharding.NamedSharding)
+        sharding = leaf.sharding if by_name or not _is_key(leaf) else None
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
     array = _to_array(leaf)

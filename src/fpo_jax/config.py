@@ -215,6 +215,24 @@ class SavingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """Devices and hosts; results do not depend on them, but for rounding (docs/scale.md)."""
+
+    devices: int | None = None
+    """Devices that the environments are split over; by default all."""
+    fsdp: int = 1
+    """Devices of one host that share a copy of the base's weights, for bases too large for one device."""
+    hosts: Literal["auto", "one", "many"] = "auto"
+    """auto: as many processes as SLURM or Open MPI announce; many: also ask the cluster (a TPU slice); one: alone."""
+    coordinator: str | None = None
+    """host:port of process 0, where nothing announces it; with num-processes and process-id."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Flow Policy Optimization of a frozen flow-matching base policy."""
 
@@ -260,6 +278,7 @@ class TrainConfig:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
 
 _DEFAULT = TrainConfig()
@@ -335,7 +354,7 @@ _AT_LEAST_ONE = (
     *("iterations", "num_envs", "latent.rank", "actor.sampler_steps", "actor.cfm_draws", "critic.num_critics"),
     "openpi.denoise_steps",
     *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
-    "saving.every",
+    *("saving.every", "parallel.fsdp"),
 )
 _POSITIVE = (
     *("actor.learning_rate", "actor.max_grad_norm", "critic.learning_rate", "critic.max_grad_norm"),
@@ -371,5 +390,7 @@ def check(config: TrainConfig) -> None:
                 raise FpoError(f"{name} must be {wanted}, not {value(name)}.")
     if config.update.minibatches is not None and config.update.minibatches < 1:
         raise FpoError(f"update.minibatches must be at least 1 or left out, not {config.update.minibatches}.")
+    if config.parallel.devices is not None and config.parallel.devices < 1:
+        raise FpoError(f"parallel.devices must be at least 1 or left out, not {config.parallel.devices}.")
     if config.fpo.advantage == "q_minus_v" and config.fpo.value_latents == "stored":
         raise FpoError("fpo.advantage=q_minus_v with fpo.value_latents=stored is always 0; choose fresh latents.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fpo_jax import parallel
 from fpo_jax.algorithms import fixed
 from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
 from fpo_jax.rollout import FrozenBase, System, base_system, rollout, start
@@ -51,12 +52,14 @@ class Evaluator:
     """Plays episodes of a fixed set of initial states; every policy meets the same states and noise seeds.
 
     `batch` environments run at a time; `episodes` need not be a multiple of it. Each algorithm compiles once. Where the
-    environment has numbered test episodes, they are played in order.
+    environment has numbered test episodes, they are played in order. On several devices each plays its share of a
+    batch, which is rounded up to a multiple of their number; every process gets all outcomes.
     """
 
     def __init__(self, system: System, base: FrozenBase, episodes: int, seed: int, batch: int | None = None):
         self.system, self.base, self.episodes = system, base, episodes
         batch = min(batch or system.config.num_envs, episodes)
+        self.batch = batch = -(-batch // parallel.num_devices()) * parallel.num_devices()
         self.num_batches = -(-episodes // batch)
         env_key, noise_key = jax.random.split(jax.random.key(seed))
         self._env_keys = jax.random.split(env_key, (self.num_batches, batch))
@@ -91,7 +94,7 @@ class Evaluator:
         """
         system = system or self.system
         if system not in self._compiled:
-            self._compiled[system] = jax.jit(partial(_play, system))
+            self._compiled[system] = parallel.jit(partial(_play, system))
         outcomes = Outcomes(*jax.device_get(self._compiled[system](self.base, agent, env_keys, numbers, noise_key)))
         if isinstance(system.env, HostedEnv) and (problem := system.env.problem()):
             raise FpoError(f"The evaluation stopped: {problem}. Mend what ends them, then evaluate again.")

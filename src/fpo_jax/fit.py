@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
-from fpo_jax import analysis, checkpoint, train
+from fpo_jax import analysis, checkpoint, parallel, train
 from fpo_jax.algorithms import fpo, sac
-from fpo_jax.config import TrainConfig, check, differences, from_dict, to_dict
+from fpo_jax.config import ParallelOptions, TrainConfig, check, differences, from_dict, to_dict
 from fpo_jax.envs import make_env, resolve_physics
-from fpo_jax.evaluate import Evaluator, compare
+from fpo_jax.evaluate import Evaluator, Outcomes, compare
 from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.policies import open_base
@@ -35,7 +36,8 @@ from fpo_jax.types import Camera, FpoError, HostedEnv, Params, Quality
 from fpo_jax.video import record_comparison
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
-_FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint")  # on resume; the base is known by its checksum
+# On resume; the base is known by its checksum.
+_FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint", "parallel")
 
 
 def build(config: TrainConfig) -> tuple[System, Params]:
@@ -52,7 +54,7 @@ def build(config: TrainConfig) -> tuple[System, Params]:
         base = with_prompts(env.spec.prompts)
     steered = base.action_dim if config.latent.steer_padding else min(base.action_dim, base.output_dim)
     space = LatentSpace(config.latent.space, base.horizon, steered, config.latent.rank)
-    return System(config, env, base, space, ALGORITHMS[config.algorithm]), load()
+    return System(config, env, base, space, ALGORITHMS[config.algorithm]), parallel.place_weights(load())
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -93,7 +95,7 @@ def load_run(
         )
     system, base_params = build(config)
     _check_base(run_dir, base_params)
-    like = jax.eval_shape(partial(train.init, system), base_params)
+    like = parallel.placed(jax.eval_shape(partial(train.init, system), base_params), train.PLACES)
     state = checkpoint.restore(run_dir, step, like, shelf=shelf)
     return config, system, FrozenBase(base_params, state.features), state
 
@@ -103,7 +105,7 @@ def _check_base(run_dir: Path, base_params: Params) -> None:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
     except (OSError, ValueError, KeyError):
         return  # without a record there is nothing to compare
-    if expected != tree_crc32(base_params):
+    if expected != tree_crc32(parallel.on_host(base_params)):
         raise FpoError(
             f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
             "Restore the base, or train anew."
@@ -234,8 +236,9 @@ class Run:
             self.save(state)
 
     def _save_milestone(self, before: TrainState, state: TrainState) -> None:
-        newest = jax.tree.map(lambda leaf: leaf[-1], state.window)
-        extra = {name: np.asarray(getattr(newest, name)) for name in ("state", "latent", "reward", "done", "valid")}
+        names = ("state", "latent", "reward", "done", "valid")
+        extra = parallel.on_host({name: getattr(state.window, name)[-1] for name in names})
+        extra = {name: np.asarray(leaf) for name, leaf in extra.items()}
         checkpoint.save(
             self.run_dir,
             int(before.iteration),
@@ -249,7 +252,7 @@ class Run:
         """Save `state`, write down why where it was no user's wish, and make the exception that ends the run."""
         self.save(state)
         step = int(state.iteration)
-        if exit_code == _FAILED:
+        if exit_code == _FAILED and parallel.is_first():
             _write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
         return RunStopped(f"{reason}; the state after iteration {step} is saved in {self.run_dir}. {advice}", exit_code)
 
@@ -259,7 +262,12 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 
     Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
     """
-    config = settled(config)
+    parallel.connect(config.parallel)
+    with parallel.using(parallel.make_mesh(config.parallel, config.num_envs)), parallel.one_for_all():
+        return _fit(settled(config), console if parallel.is_first() else None)
+
+
+def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
     run_dir = Path(config.run_dir or default_run_dir(config))
     say = console.print if console else lambda *_, **__: None
     if config.base and not config.resume:
@@ -281,21 +289,25 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
         wandb_project=config.saving.wandb,
         config=to_dict(config),
         console=console,
+        silent=not parallel.is_first(),
     ) as logger:
+        parallel.wait_for_all("the metrics file is open")
         run = Run(config, run_dir, logger)
         run.replay(read_jsonl(logger.metrics_path))
         if step is None:
             run.save(state)
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        _write_provenance(run_dir, base_params, system.env.spec.protocol)
-        _write_json(run_dir / "config.json", to_dict(replace(config, resume=False)))
+        base_crc = tree_crc32(parallel.on_host(base_params))
+        if parallel.is_first():
+            _write_provenance(run_dir, base_crc, system.env.spec.protocol)
+            _write_json(run_dir / "config.json", to_dict(replace(config, resume=False, parallel=ParallelOptions())))
         logger.print(_opening(system, run_dir, step))
         state = _loop(system, base_params, state, run)
         return _finish(system, base_params, state, run)
 
 
 def _begin(system: System, base_params: Params) -> TrainState:
-    state = jax.jit(partial(train.init, system))(base_params)
+    state = parallel.jit(partial(train.init, system), train.PLACES)(base_params)
     if state.features is not None and not np.isfinite(state.features.mean).all():
         raise FpoError(
             "The base's features have no statistics: every simulation broke in its first rollout, or they are not "
@@ -311,8 +323,10 @@ def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, Tr
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
     if step > config.iterations or finished:
         raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
-    for stale in ("stopped.json", "evaluation.json"):
-        (run_dir / stale).unlink(missing_ok=True)
+    parallel.wait_for_all("the run's files are read")
+    if parallel.is_first():
+        for stale in ("stopped.json", "evaluation.json"):
+            (run_dir / stale).unlink(missing_ok=True)
     return step, replace(system, config=config), base.params, state
 
 
@@ -336,7 +350,7 @@ def _base_in_words(system: System) -> str:
 
 def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> TrainState:
     config = system.config
-    iterate = jax.jit(partial(train.train_iteration, system))
+    iterate = parallel.jit(partial(train.train_iteration, system), (train.PLACES, parallel.EVERYWHERE))
     resume = f"Continue with: python experiments/train.py --resume --run-dir {run.run_dir}"
     with stop_signals() as stop:
         for _ in range(int(state.iteration), config.iterations):
@@ -346,19 +360,29 @@ def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> T
             record = {name: value.item() for name, value in jax.device_get(metrics).items()}
             record["iteration_seconds"] = time.perf_counter() - began
             if isinstance(system.env, HostedEnv):
-                record |= system.env.report()
+                record |= parallel.total(system.env.report())
             reason = run.note(record)
             run.logger.log(record)
-            if isinstance(system.env, HostedEnv) and (problem := system.env.problem()):  # this iteration lacks episodes
+            if problem := _problem(system):  # this iteration lacks episodes
                 raise run.stop(before, f"Training stopped: {problem}", f"Mend what ends them. {resume}", _FAILED)
             if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
                 raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
             run.save_what_is_due(before, state)
             if reason and config.saving.stop_on_collapse:
                 raise run.stop(state, f"Training stopped: {reason}", _ADVICE, _FAILED)
-            if stop.received:
-                raise run.stop(state, f"Stopped by {stop.received.name}", resume, 128 + stop.received)
+            if number := parallel.largest(stop.received or 0):
+                raise run.stop(state, f"Stopped by {signal.Signals(number).name}", resume, 128 + number)
     return state
+
+
+def _problem(system: System) -> str | None:
+    """Why the simulators of this process, or of another one, cannot go on; the same on all of them, or None."""
+    if not isinstance(system.env, HostedEnv):
+        return None
+    problem = system.env.problem()
+    if not parallel.largest(problem is not None):
+        return None
+    return problem or "The simulators of another process cannot go on"
 
 
 _ADVICE = "Try a smaller --actor.learning-rate or --fpo.epsilon in a new run."
@@ -366,22 +390,35 @@ _ADVICE = "Try a smaller --actor.learning-rate or --fpo.epsilon in a new run."
 
 def _finish(system: System, base_params: Params, state: TrainState, run: Run) -> dict[str, Any]:
     """Paired evaluation, learning curve and video."""
-    settings, run_dir = system.config.evaluation, run.run_dir
+    settings, first = system.config.evaluation, parallel.is_first()
     if settings.episodes == 0:
-        _learning_curve(run, None)
+        if first:
+            _learning_curve(run, None)
         return {}
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     base, tuned = evaluator.play_base(), evaluator.play(state.agent)
     result = compare(base, tuned, system.env.spec)
-    _write_json(run_dir / "evaluation.json", result)
-    _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
+    if first:
+        _write_json(run.run_dir / "evaluation.json", result)
+        _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
     if settings.video:
+        _video(evaluator, base, tuned, state.agent, run)
+    return result
+
+
+def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree, run: Run) -> None:
+    """By the first process, on one device of its own; the others wait at the end of the run."""
+    seen, agent = parallel.on_host((evaluator.base, agent))
+    if not parallel.is_first():
+        return
+    with parallel.using(None):
+        settings = run.config.evaluation
+        alone = Evaluator(evaluator.system, seen, settings.episodes, settings.seed, batch=evaluator.batch)
         try:
-            record_comparison(evaluator, base, tuned, state.agent, run_dir / "base_and_tuned.mp4")
+            record_comparison(alone, base, tuned, agent, run.run_dir / "base_and_tuned.mp4")
         except FpoError as error:
             run.logger.print(f"No video: {error}")
-    return result
 
 
 def _learning_curve(run: Run, base: Interval | None) -> None:
@@ -391,12 +428,12 @@ def _learning_curve(run: Run, base: Interval | None) -> None:
         run.logger.print(f"No learning curve: {error}")
 
 
-def _write_provenance(run_dir: Path, base_params: Params, protocol: dict[str, Any] | None) -> None:
+def _write_provenance(run_dir: Path, base_crc32: int, protocol: dict[str, Any] | None) -> None:
     """What this start runs on, after those before it, the environment's protocol and the checksum of the base."""
     path = run_dir / "provenance.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
     this = provenance() | ({} if protocol is None else {"protocol": protocol})
-    _write_json(path, {"base_crc32": tree_crc32(base_params), "starts": [*starts, this]})
+    _write_json(path, {"base_crc32": base_crc32, "starts": [*starts, this]})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -313,6 +313,7 @@ class RunLogger:
         logger.log({"iteration": 1, "episodes": 32, ...})
 
     `resumed_iteration` is the last finished iteration of the checkpoint the run goes on from, None for a new run.
+    `silent`: nothing is written nor shown, in all processes of a run but the first.
     """
 
     def __init__(
@@ -325,15 +326,19 @@ class RunLogger:
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
+        silent: bool = False,
     ) -> None:
         run_dir = Path(run_dir)
         self.metrics_path = run_dir / "metrics.jsonl"
-        self._writers: list[Writer] = [JsonlWriter(self.metrics_path, resumed_iteration=resumed_iteration)]
-        if tensorboard:
+        self._writers: list[Writer] = []
+        if not silent:
+            self._writers.append(JsonlWriter(self.metrics_path, resumed_iteration=resumed_iteration))
+        if tensorboard and not silent:
             self._writers.append(TensorBoardWriter(run_dir / "tensorboard", resumed_iteration=resumed_iteration))
-        if wandb_project:
+        if wandb_project and not silent:
             resumed = resumed_iteration is not None
             self._writers.append(WandbWriter(wandb_project, run_dir, config=config, resumed=resumed))
+        console = Console(quiet=True) if silent else console
         self._progress = ProgressLine(iterations, start=resumed_iteration or 0, console=console)
 
     def log(self, record: Record) -> None:

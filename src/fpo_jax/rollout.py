@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fpo_jax import parallel
 from fpo_jax.algorithms import fixed
 from fpo_jax.config import RolloutConfig, TrainConfig
 from fpo_jax.flow import split_keys
@@ -77,13 +78,17 @@ def base_system(system: System) -> System:
 
 def start(system: System, keys: Key[Array, " N"], numbers: Int[Array, " N"] | None = None) -> RolloutState:
     """Fresh episodes in all N environments; `numbers`: the environment's own test episodes of these numbers."""
-    num = keys.shape[0]
-    if numbers is None:
-        env_state = system.env.reset(keys)
-    else:
-        assert isinstance(system.env, HostedEnv)
-        env_state = system.env.reset_test(numbers, keys)
-    return RolloutState(env_state, jnp.zeros(num), jnp.ones(num))
+
+    def begin(keys: Key[Array, " N"], numbers: Int[Array, " N"] | None) -> RolloutState:
+        num = keys.shape[0]
+        if numbers is None:
+            env_state = system.env.reset(keys)
+        else:
+            assert isinstance(system.env, HostedEnv)
+            env_state = system.env.reset_test(numbers, keys)
+        return RolloutState(env_state, jnp.zeros(num), jnp.ones(num))
+
+    return parallel.over_devices(begin, parallel.ENVS, parallel.ENVS)(keys, numbers)
 
 
 def feature_stats(features: Float[Array, "B f"], valid: Bool[Array, " B"]) -> FeatureStats:
@@ -137,8 +142,8 @@ def select_action(
 
 
 def slot_keys(key: Key[Array, ""], num_envs: int) -> Key[Array, " N"]:
-    """One key per environment for this slot; environment i's does not depend on how many there are."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_envs))
+    """One key per environment for this slot; environment i's does not depend on how many there are, nor where."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(parallel.env_indices(num_envs))
 
 
 def learner_reward(config: RolloutConfig, env_state: EnvState) -> Float[Array, " N"]:
@@ -263,8 +268,17 @@ def _rollout(
 def rollout(
     system: System, base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""], num_decisions: int
 ) -> tuple[RolloutState, Transition, Episodes]:
-    """T decisions of all environments; Transition and Episodes have leading axes [T, N]."""
-    return _rollout(system, base, agent, carry, key, num_decisions, jax.lax.scan)
+    """T decisions of all environments; Transition and Episodes have leading axes [T, N].
+
+    Each device plays its own environments and exchanges nothing (but for a base that is split).
+    """
+    one, envs, slots = parallel.EVERYWHERE, parallel.ENVS, parallel.SLOTS
+
+    def play(base: FrozenBase, agent: PyTree, carry: RolloutState, key: Key[Array, ""]):
+        return _rollout(system, base, agent, carry, key, num_decisions, jax.lax.scan)
+
+    inputs = (FrozenBase(parallel.weight_specs(base.params), one), one, envs, one)
+    return parallel.over_devices(play, inputs, (envs, slots, slots))(base, agent, carry, key)
 
 
 def python_rollout(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree, UInt
 
-from fpo_jax import buffer
+from fpo_jax import buffer, parallel
 from fpo_jax.algorithms import fixed
 from fpo_jax.rollout import (
     Episodes,
@@ -34,6 +34,19 @@ class TrainState(NamedTuple):
     iteration: UInt[Array, ""]
     episodes: UInt[Array, ""]  # finished so far
     env_steps: UInt[Array, ""]  # control steps executed so far
+
+
+PLACES = TrainState(
+    agent=parallel.EVERYWHERE,
+    features=parallel.EVERYWHERE,
+    rollout=parallel.ENVS,
+    window=parallel.WINDOW,
+    key=parallel.EVERYWHERE,
+    iteration=parallel.EVERYWHERE,
+    episodes=parallel.EVERYWHERE,
+    env_steps=parallel.EVERYWHERE,
+)
+"""Where each part of a `TrainState` lies on several devices."""
 
 
 def init(system: System, base_params: Params) -> TrainState:
@@ -87,16 +100,22 @@ def episode_metrics(episodes: Episodes, tasks: tuple[str, ...] = ()) -> Metrics:
 
 
 def update_phase(system: System, agent: PyTree, window: Transition, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
-    """Alg. 1, lines 14-28: epochs x minibatches as a nested scan over the prepared window."""
+    """Alg. 1, lines 14-28: epochs x minibatches as a nested scan over the prepared window.
+
+    On several devices each has all samples, which are small, and takes its share of every minibatch.
+    """
     config, algorithm = system.config, system.algorithm
     prepare_key, key = jax.random.split(key)
     samples, metrics = algorithm.prepare(config, agent, window, prepare_key)
+    samples = parallel.replicate(samples)
     size = config.update.minibatch_size
     num_minibatches = config.update.minibatches or -(-samples.valid.shape[0] // size)
 
     def minibatch(agent, inputs):
         indices, key = inputs
-        return algorithm.update(config, agent, jax.tree.map(lambda leaf: leaf[indices], samples), key)
+        indices = parallel.spread(indices)
+        agent, metrics = algorithm.update(config, agent, jax.tree.map(lambda leaf: leaf[indices], samples), key)
+        return parallel.replicate(agent), metrics
 
     def epoch(agent, key):
         shuffle_key, key = jax.random.split(key)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from fpo_jax.envs.common import join, pieces
 from fpo_jax.flow import split_keys
+from fpo_jax.parallel import env_indices
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
 _RESET_ATTEMPTS = 2  # an episode that did not begin is begun again, by then in another worker
@@ -99,7 +100,7 @@ class _Slot:
 
 
 class HostEnv:
-    """N environments whose simulators are `vector`'s slots 0..N-1 (`fpo_jax.types.HostedEnv`).
+    """N environments whose simulators are `vector`'s slots, numbered as they are (`fpo_jax.types.HostedEnv`).
 
     `shapes` names what an outcome holds: proprio [p], objects [o / 7, 7], and images [cameras, y, x, 3] (uint8) where
     there are `cameras`. An episode and all it draws follow from the environment's own key. With `overlap`, a rollout
@@ -127,7 +128,7 @@ class HostEnv:
             self.shapes["images"] = ((len(cameras), image_size, image_size, 3), np.uint8)
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
-        """New training episodes in the slots 0..N-1; whatever ran there before is lost."""
+        """New training episodes in these environments' slots; whatever ran there before is lost."""
         keys, draws = split_keys(keys)
         tally = jnp.zeros((len(keys), max(len(self.spec.tasks), 1), 2))
         return self._begin(self._sampler.draw(draws, tally.sum(0)), keys, tally, once=False)
@@ -200,7 +201,7 @@ class HostEnv:
         num_envs = len(keys)
         everyone, nobody = jnp.ones(num_envs, bool), jnp.zeros(num_envs, bool)
         zeros = jnp.zeros(num_envs, jnp.int32)
-        slot = jnp.arange(num_envs, dtype=jnp.int32)
+        slot = env_indices(num_envs)  # of all devices and hosts, so that a state fits on other ones too
         physics = HostPhysics(slot, jnp.zeros(num_envs, jnp.uint32), everyone if once else nobody, tally)
         blank = {name: jnp.zeros((num_envs, *shape), kind) for name, (shape, kind) in self.shapes.items()}
         state = EnvState(

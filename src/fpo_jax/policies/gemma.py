@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fpo_jax.parallel import gathered
 from fpo_jax.types import FpoError, suggestion
 
 MASKED = -2.3819763e38  # logit of a key that may not be seen; finite, so that a row without any key stays finite
@@ -289,7 +290,7 @@ class Gemma(nn.Module):
             )
         self.embedder = Embedder(self.vocab_size, first.width)
         self.layers = nn.scan(
-            Layer,
+            gathered(Layer),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]

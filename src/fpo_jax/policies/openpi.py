@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fpo_jax.config import OpenpiOptions
+from fpo_jax.parallel import weight_shardings
 from fpo_jax.policies.openpi_checkpoint import checkpoint_root, load_norm_stats, params_folder, restore_params
 from fpo_jax.policies.openpi_configs import OpenpiConfig
 from fpo_jax.policies.pi0 import Pi0, Prefix, param_shapes, sample_actions
@@ -245,7 +246,8 @@ def open_openpi(
 
     def load() -> Params:
         shapes = param_shapes(config.model)
-        model = restore_params(directory, shapes, dtype=jnp.dtype(dtype), merge_lora=options.merge_lora)
+        where = weight_shardings(shapes)
+        model = restore_params(directory, shapes, dtype=jnp.dtype(dtype), sharding=where, merge_lora=options.merge_lora)
         return {"model": model, "norm": norm}
 
     return policy, load

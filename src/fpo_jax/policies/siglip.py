@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fpo_jax.parallel import gathered
 from fpo_jax.types import FpoError, suggestion
 
 
@@ -75,7 +76,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N t w"]) -> Float[Array, "N t w"]:
         blocks = nn.scan(
-            EncoderBlock,
+            gathered(EncoderBlock),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=self.config.depth,
