@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 
-from fpo_jax import train
+from fpo_jax import parallel, train
 from fpo_jax.algorithms import fpo, sac
 from fpo_jax.config import PRESETS, TrainConfig
 from fpo_jax.envs.common import where_env
@@ -60,6 +60,18 @@ def perturbed(params, seed: int = 7, scale: float = 0.3):
     leaves, tree = jax.tree.flatten(params)
     pairs = zip(leaves, keys(len(leaves), seed), strict=True)
     return jax.tree.unflatten(tree, [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in pairs])
+
+
+def train_on(mesh, system, iterations=3):
+    """(state, metrics of each iteration, how many programs were compiled for them)."""
+    with parallel.using(mesh):
+        state = parallel.jit(partial(train.init, system), train.PLACES)({})
+        iterate = parallel.jit(partial(train.train_iteration, system), (train.PLACES, parallel.EVERYWHERE))
+        metrics = []
+        for _ in range(iterations):
+            state, found = iterate({}, state)
+            metrics.append(jax.device_get(found))
+    return state, metrics, iterate._cache_size()
 
 
 # --- an environment that follows a script: nothing the agent does matters

@@ -5,16 +5,21 @@ else is on every device. Code under jit says so by `over_devices`, `spread` and 
 where there is no mesh: on one device the compiled program is the same as without this file.
 """
 
+import itertools
 import os
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # the only way to the store that its own checkpoints go too
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,7 +34,7 @@ SLOTS = P(None, AXES)  # [T, N]
 WINDOW = P(None, None, AXES)  # [W, T, N]
 EVERYWHERE = P()
 PEER_LOST = 75  # exit code (EX_TEMPFAIL: try again)
-SILENCE_SECONDS = 30  # after so long without a sign of life a process counts as dead, and the others end
+SILENCE_SECONDS = 30  # after so long without a sign of life a process counts as gone, and the others end
 
 
 # --- hosts ----------------------------------------------------------------------------------------------------------
@@ -52,31 +57,85 @@ def connect(options: ParallelOptions) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            *explicit, heartbeat_timeout_seconds=SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
+            # JAX's own end of a run whose processes are gone is an abort; it comes where ours does not.
+            *explicit,
+            heartbeat_timeout_seconds=2 * SILENCE_SECONDS,
+            shutdown_timeout_seconds=SILENCE_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise FpoError(
             f"The processes of this run did not find each other ({str(error).splitlines()[0]}): start all of them, and "
             "give --parallel.coordinator where nothing announces it."
         ) from error
+    largest(0)  # the first exchange, for which they must not be half a minute apart: they are not yet
 
 
 @contextmanager
 def one_for_all() -> Iterator[None]:
-    """Within, processes that have to end because another one is gone say so and end, without waiting for it."""
+    """Within, a process ends as soon as another one is gone, and says so; without this it would wait for it for ever.
+
+    Mistakes of the user (`FpoError`) are raised as always. Everybody leaves together.
+    """
+    if num_processes() == 1:
+        yield
+        return
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(over,), name="fpo_jax watch", daemon=True).start()
     try:
         yield
         wait_for_all("the end")
-    except jax.errors.JaxRuntimeError as error:
-        if num_processes() == 1:
-            raise
-        print(
-            f"Process {jax.process_index()} of {num_processes()} ends because another one is gone "
-            f"({str(error).splitlines()[0]}): look at what that one said, then start all of them with --resume.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(PEER_LOST)  # leaving as usual would wait for the dead
+    except FpoError:
+        raise
+    except Exception as error:
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+        _leave(str(error).splitlines()[0])
+    finally:
+        over.set()
+
+
+def _leave(reason: str) -> NoReturn:
+    """End this process at once: leaving as usual would wait for the others, dead ones too."""
+    print(
+        f"Process {jax.process_index()} of {num_processes()} stopped, because the run is no longer whole ({reason}): "
+        "start all processes again with --resume.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(PEER_LOST)
+
+
+def _watch(over: threading.Event) -> None:
+    """Show every second that this process lives; end it when another one has not done so for `SILENCE_SECONDS`.
+
+    The first process looks at all, the others at what it says.
+    """
+    store, me, seen = _store(), jax.process_index(), {}
+    for beat in itertools.count():
+        if over.wait(1.0):
+            return
+        try:
+            store.key_value_set(f"fpo_jax/alive/{me}", str(beat), allow_overwrite=True)
+            if me == 0:
+                now = time.monotonic()
+                for name, beats in store.key_value_dir_get("fpo_jax/alive/"):
+                    if seen.get(name, ("", 0.0))[0] != beats:
+                        seen[name] = (beats, now)
+                gone = [name.rsplit("/", 1)[1] for name, (_, since) in seen.items() if now - since > SILENCE_SECONDS]
+                store.key_value_set("fpo_jax/gone", ", ".join(gone), allow_overwrite=True)
+            else:
+                gone = [name for name in (_value(store, "fpo_jax/gone"),) if name]
+        except jax.errors.JaxRuntimeError:
+            gone = ["0"]
+        if gone and not over.is_set():
+            if me == 0:
+                over.wait(3.0)  # until all have read it
+            _leave(f"no sign of life from process {', '.join(gone)}")
+
+
+def _value(store: Any, key: str) -> str:
+    """The value of a key of the store, "" where there is none yet."""
+    return dict(store.key_value_dir_get(key.rsplit("/", 1)[0] + "/")).get(key, "")
 
 
 def tasks_announced(environment: Mapping[str, str]) -> int:
@@ -96,9 +155,18 @@ def is_first() -> bool:
 
 
 def wait_for_all(where: str) -> None:
-    """Go on when all processes have come here."""
+    """Go on when all processes have come here, however long that takes."""
     if num_processes() > 1:
-        multihost_utils.sync_global_devices(f"fpo_jax {where}")
+        _store().wait_at_barrier(f"fpo_jax/{where}/{next(_barriers)}", _DAY)
+
+
+_barriers = itertools.count()  # the same in all processes, as they come to the same places
+_DAY = 24 * 3600 * 1000  # [ms]
+
+
+def _store() -> Any:
+    """The key-value store and barriers of JAX's coordination service, which lives in the first process."""
+    return distributed.global_state.client
 
 
 def largest(number: int) -> int:
@@ -146,6 +214,9 @@ def make_mesh(options: ParallelOptions, num_envs: int) -> Mesh | None:
 @contextmanager
 def using(mesh: Mesh | None) -> Iterator[None]:
     """Within, runs are split over this mesh; None: everything on one device, as it is without this context."""
+    if mesh is None and num_devices() == 1:
+        yield
+        return
     with jax.set_mesh(Mesh(np.empty((), object), ()) if mesh is None else mesh):
         yield
 

@@ -1,0 +1,152 @@
+"""Several processes as one run, for real: on this machine, over its network interface."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import train as train_script
+
+from fpo_jax import parallel
+from fpo_jax.fit import load_run
+from test_parallel import close, python_environment
+
+HERE = Path(__file__).parent
+TRAIN = HERE.parent / "experiments" / "train.py"
+TINY = [
+    *("--env", "point_mass", "--num-envs", "4", "--rollout.decisions", "4", "--saving.every", "1"),
+    *("--update.epochs", "1", "--update.minibatch-size", "16", "--actor.hidden", "8", "--critic.hidden", "8"),
+    *("--actor.sampler-steps", "2", "--critic.value-samples", "2", "--actor.cfm-draws", "2"),
+    *("--evaluation.episodes", "4", "--evaluation.no-video", "--saving.no-tensorboard"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(count: int, command: list[str]) -> list[subprocess.Popen]:
+    """`count` processes of one run."""
+    where = ["--parallel.coordinator", f"127.0.0.1:{free_port()}", "--parallel.num-processes", str(count)]
+    return [
+        subprocess.Popen(
+            [sys.executable, *command, *where, "--parallel.process-id", str(index)],
+            env=python_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 400.0) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of each."""
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The records but for their times."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_seconds")} for line in lines]
+
+
+def assert_same_curve(ours: Path, theirs: Path) -> None:
+    for one, other in zip(metrics(ours), metrics(theirs), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(np.float64(other[name]), np.float64(value), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Two iterations in this process, on its two devices."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    assert train_script.main([*TINY, "--iterations", "2", "--run-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    run_dir = tmp_path / "run"
+    done = finish(start(2, [str(TRAIN), *TINY, "--iterations", "2", "--run-dir", str(run_dir)]))
+    assert [code for code, *_ in done] == [0, 0], done
+    assert "iteration 2/2" in done[0][1] and "iteration" not in done[1][1]  # the first one talks
+    assert_same_curve(run_dir, alone)
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (run_dir, alone))
+    assert ours["tuned"] == pytest.approx(theirs["tuned"], nan_ok=True)
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in alone.iterdir()}
+    # Its checkpoint fits one process and one device.
+    restored, expected = load_run(run_dir)[3], load_run(alone)[3]
+    close(restored, expected, 1e-4)
+    assert len(restored.key.sharding.device_set) == 1
+
+
+_SIMULATORS = """
+import sys
+import jax, numpy as np, tyro
+from dataclasses import replace
+from fpo_jax import parallel
+from fpo_jax.config import TrainConfig
+from fpo_jax.rollout import FrozenBase, rollout, start
+from tiny import keys
+from tiny_libero import LIBERO, base_system, fake_libero
+options = tyro.cli(TrainConfig).parallel
+parallel.connect(options)
+with parallel.using(parallel.make_mesh(options, 4)), parallel.one_for_all(), fake_libero() as env:
+    system = base_system(env, replace(LIBERO, num_envs=4))
+    def play(keys, key):
+        return rollout(system, FrozenBase({}), None, start(system, keys), key, 5)[1].state
+    states = parallel.jit(play)(keys(4), jax.random.key(1))
+    print(sorted(env._vector.pids()), np.asarray(states).sum())
+"""
+
+
+def test_each_process_has_its_own_simulators():
+    """Numbered over all processes; a process that is not the first starts one more, to ask for the tasks."""
+    done = finish(start(2, ["-c", _SIMULATORS]))
+    assert [code for code, *_ in done] == [0, 0], done
+    (slots, total), (other_slots, other_total) = (said.splitlines()[-1].rsplit(" ", 1) for _, said, _ in done)
+    assert json.loads(slots) == [0, 1] and json.loads(other_slots) == [0, 2, 3]
+    assert total == other_total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [2, 0])
+def test_when_one_process_dies_the_others_end_and_the_run_goes_on(alone, tmp_path, victim):
+    """4 processes; one is killed in the middle, and two processes finish the run."""
+    run_dir = tmp_path / "run"
+    endless = [str(TRAIN), *TINY, "--iterations", "100000", "--run-dir", str(run_dir)]
+    processes = start(4, endless)
+    deadline = time.monotonic() + 400
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    others = [process for index, process in enumerate(processes) if index != victim]
+    done = finish(others, seconds=4 * parallel.SILENCE_SECONDS)
+    assert time.monotonic() - began < 3 * parallel.SILENCE_SECONDS
+    assert all(code not in (0, None) for code, *_ in done), done
+    if victim:  # where the first one is gone, JAX's own abort may be quicker
+        assert [code for code, *_ in done] == [parallel.PEER_LOST] * 3, done
+        assert all("the run is no longer whole" in errors for *_, errors in done), done
+    finished = len(metrics(run_dir))
+    resumed = [str(TRAIN), "--resume", "--run-dir", str(run_dir), "--iterations", str(finished + 2)]
+    again = finish(start(2, resumed))
+    assert [code for code, *_ in again] == [0, 0], again
+    assert [line["iteration"] for line in metrics(run_dir)] == list(range(1, finished + 3))
+    for one, other in zip(metrics(run_dir)[:2], metrics(alone), strict=True):
+        np.testing.assert_allclose(one["critic_loss"], other["critic_loss"], rtol=1e-4)
