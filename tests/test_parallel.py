@@ -83,17 +83,17 @@ def test_vmap_jit_shard_map_and_pmap_agree():
 
 
 def test_two_devices_train_as_one(alone, split):
-    for one, two in zip(alone[1], split[1], strict=True):
+    for one, two in zip(alone.metrics, split.metrics, strict=True):
         assert one.keys() == two.keys()
         for name in one:
             np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    close(split[0], alone[0], 1e-4)
-    assert split[0].rollout.episode_return.sharding.spec == parallel.ENVS
-    assert split[0].agent.actor["params"]["velocity"]["bias"].sharding.is_fully_replicated
+    close(split.state, alone.state, 1e-4)
+    assert split.state.rollout.episode_return.sharding.spec == parallel.ENVS
+    assert split.state.agent.actor["params"]["velocity"]["bias"].sharding.is_fully_replicated
 
 
 def test_one_program_for_all_iterations(alone, split):
-    assert alone[2] == split[2] == 1
+    assert alone.compilations == split.compilations == []
 
 
 def test_what_two_devices_exchange():
@@ -107,18 +107,13 @@ def test_what_two_devices_exchange():
         assert not re.search("all-|collective|reduce-scatter", compiled.compile().as_text())
 
 
-def test_no_copy_between_host_and_device_in_an_iteration(split):
+def test_no_copy_between_host_and_device_in_an_iteration(alone, split):
     """Host to device: the other way has no meaning on a CPU."""
-    system = make_system()
-    for mesh, state in ((TWO, split[0]), (None, jax.device_put(split[0], jax.devices()[0]))):
-        with parallel.using(mesh):
-            iterate = parallel.jit(partial(train.train_iteration, system), (train.PLACES, parallel.EVERYWHERE))
-            iterate({}, state)  # constants of the program go to the devices here
-            with jax.transfer_guard("disallow"):
-                after, _ = iterate({}, state)
-                jax.block_until_ready(after)
-            with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"), jax.transfer_guard("disallow"):
-                jax.jit(lambda x: x + 1)(np.ones(3))  # so the guard stands
+    for mesh, trained in ((None, alone), (TWO, split)):
+        with parallel.using(mesh), jax.transfer_guard("disallow"):
+            jax.block_until_ready(trained.iterate({}, trained.state))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"), jax.transfer_guard("disallow"):
+        jax.jit(lambda x: x + 1)(np.ones(3))  # so the guard stands
 
 
 _DEVICES = """
@@ -129,7 +124,7 @@ from fpo_jax.config import ParallelOptions
 from tiny import TINY, make_system, train_on
 system = make_system(replace(TINY, num_envs=8))
 for count in map(int, sys.argv[1:]):
-    metrics = train_on(parallel.make_mesh(ParallelOptions(devices=count), 8), system, 2)[1]
+    metrics = train_on(parallel.make_mesh(ParallelOptions(devices=count), 8), system, 2).metrics
     print(json.dumps([{name: float(value) for name, value in line.items()} for line in metrics]))
 """
 
@@ -253,7 +248,7 @@ def test_a_base_that_cannot_be_split_says_which_weight():
 
 
 def test_a_checkpoint_goes_from_two_devices_to_one_and_back(split, tmp_path):
-    state, system = split[0], make_system()
+    state, system = split.state, make_system()
     checkpoint.save(tmp_path, 3, state)
     shapes = jax.eval_shape(partial(train.init, system), {})
     on_one = checkpoint.restore(tmp_path, 3, parallel.placed(shapes, train.PLACES))

@@ -1,8 +1,11 @@
 """Systems small enough for tests: point mass with networks of 16 units, and an environment that follows a script."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +65,30 @@ def perturbed(params, seed: int = 7, scale: float = 0.3):
     return jax.tree.unflatten(tree, [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in pairs])
 
 
-def train_on(mesh, system, iterations=3):
-    """(state, metrics of each iteration, how many programs were compiled for them)."""
+class Trained(NamedTuple):
+    """A few iterations on some devices."""
+
+    state: train.TrainState
+    metrics: list[dict]  # of each iteration
+    iterate: Callable  # the compiled iteration
+    compilations: list[str]  # after the first iteration
+
+
+def train_on(mesh: jax.sharding.Mesh | None, system: System, iterations: int = 3) -> Trained:
+    """Training from the start on the devices of a mesh."""
+    seen = logging.Handler()
+    compilations, metrics = [], []
+    seen.emit = lambda record: compilations.append(record.getMessage())
     with parallel.using(mesh):
         state = parallel.jit(partial(train.init, system), train.PLACES)({})
         iterate = parallel.jit(partial(train.train_iteration, system), (train.PLACES, parallel.EVERYWHERE))
-        metrics = []
-        for _ in range(iterations):
-            state, found = iterate({}, state)
+        for index in range(iterations):
+            with jax.log_compiles(index > 0):
+                logging.getLogger("jax").addHandler(seen)
+                state, found = iterate({}, state)
+                logging.getLogger("jax").removeHandler(seen)
             metrics.append(jax.device_get(found))
-    return state, metrics, iterate._cache_size()
+    return Trained(state, metrics, iterate, [line for line in compilations if "XLA compilation" in line])
 
 
 # --- an environment that follows a script: nothing the agent does matters

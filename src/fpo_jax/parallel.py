@@ -6,6 +6,7 @@ where there is no mesh: on one device the compiled program is the same as withou
 """
 
 import itertools
+import json
 import os
 import sys
 import threading
@@ -67,7 +68,7 @@ def connect(options: ParallelOptions) -> None:
             f"The processes of this run did not find each other ({str(error).splitlines()[0]}): start all of them, and "
             "give --parallel.coordinator where nothing announces it."
         ) from error
-    largest(0)  # the first exchange, for which they must not be half a minute apart: they are not yet
+    _first_exchange()
 
 
 @contextmanager
@@ -154,14 +155,34 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _first_exchange() -> None:
+    """Connect the devices now: Gloo gives up where processes are half a minute apart, as when they compile."""
+    mesh = Mesh(np.array(jax.devices()), "all")
+    ones = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P("all")), lambda _: np.ones(1, np.float32))
+    program = jax.jit(jnp.sum).lower(ones).compile()
+    wait_for_all("ready to exchange")
+    jax.block_until_ready(program(ones))
+
+
 def wait_for_all(where: str) -> None:
     """Go on when all processes have come here, however long that takes."""
     if num_processes() > 1:
-        _store().wait_at_barrier(f"fpo_jax/{where}/{next(_barriers)}", _DAY)
+        _store().wait_at_barrier(f"fpo_jax/{where}/{next(_meetings)}", _DAY)
 
 
-_barriers = itertools.count()  # the same in all processes, as they come to the same places
+_meetings = itertools.count()  # the same in all processes, as they come to the same places
 _DAY = 24 * 3600 * 1000  # [ms]
+
+
+def _exchanged(value: str) -> list[str]:
+    """What each process gave."""
+    place = f"fpo_jax/exchange/{next(_meetings)}/"
+    _store().key_value_set(f"{place}{jax.process_index()}", value)
+    wait_for_all("exchange")
+    values = [value for _, value in _store().key_value_dir_get(place)]
+    wait_for_all("exchanged")
+    _store().key_value_delete(f"{place}{jax.process_index()}")
+    return values
 
 
 def _store() -> Any:
@@ -173,15 +194,15 @@ def largest(number: int) -> int:
     """The largest of the processes' numbers: what one of them knows, all must act on together."""
     if num_processes() == 1:
         return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return max(map(int, _exchanged(str(int(number)))))
 
 
 def total(counts: Mapping[str, float]) -> dict[str, float]:
     """Sums over the processes; all have the same names."""
     if num_processes() == 1:
         return dict(counts)
-    sums = multihost_utils.process_allgather(np.array([counts[name] for name in sorted(counts)], np.float32)).sum(0)
-    return dict(zip(sorted(counts), sums.tolist(), strict=True))
+    given = [json.loads(text) for text in _exchanged(json.dumps(dict(counts)))]
+    return {name: sum(one[name] for one in given) for name in counts}
 
 
 # --- devices --------------------------------------------------------------------------------------------------------
