@@ -231,7 +231,7 @@ def test_a_base_split_over_devices_decides_as_a_whole_one(pi0):
         inputs = (specs, parallel.ENVS, parallel.ENVS)
         split = jax.jit(parallel.over_devices(partial(decide, policy), inputs, parallel.ENVS))
         close(split(placed, observation, noise), expected)
-        chex.assert_trees_all_equal(parallel.on_host(placed), jax.device_get(params))
+        chex.assert_trees_all_equal(parallel.here(placed), jax.device_get(params))
         # One layer at a time: no gathered array holds a whole stack.
         text = split.lower(placed, observation, noise).compile().as_text()
         gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)

@@ -105,7 +105,7 @@ def _check_base(run_dir: Path, base_params: Params) -> None:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
     except (OSError, ValueError, KeyError):
         return  # without a record there is nothing to compare
-    if expected != tree_crc32(parallel.on_host(base_params)):
+    if expected != tree_crc32(parallel.here(base_params)):
         raise FpoError(
             f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
             "Restore the base, or train anew."
@@ -237,7 +237,7 @@ class Run:
 
     def _save_milestone(self, before: TrainState, state: TrainState) -> None:
         names = ("state", "latent", "reward", "done", "valid")
-        extra = parallel.on_host({name: getattr(state.window, name)[-1] for name in names})
+        extra = parallel.here({name: getattr(state.window, name)[-1] for name in names})
         extra = {name: np.asarray(leaf) for name, leaf in extra.items()}
         checkpoint.save(
             self.run_dir,
@@ -297,7 +297,7 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
         if step is None:
             run.save(state)
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        base_crc = tree_crc32(parallel.on_host(base_params))
+        base_crc = tree_crc32(parallel.here(base_params))
         if parallel.is_first():
             _write_provenance(run_dir, base_crc, system.env.spec.protocol)
             _write_json(run_dir / "config.json", to_dict(replace(config, resume=False, parallel=ParallelOptions())))
@@ -409,7 +409,7 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
 
 def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree, run: Run) -> None:
     """By the first process, on one device of its own; the others wait at the end of the run."""
-    seen, agent = parallel.on_host((evaluator.base, agent))
+    seen, agent = parallel.here((evaluator.base, agent))
     if not parallel.is_first():
         return
     with parallel.using(None):

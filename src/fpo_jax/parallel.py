@@ -303,8 +303,8 @@ def placed(shapes: PyTree, specs: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.tree.map(subtree, specs, shapes, is_leaf=lambda x: isinstance(x, P))
 
 
-def on_host(tree: PyTree) -> PyTree:
-    """Arrays that lie on the devices of all processes as NumPy arrays in each of them; others as they are.
+def here(tree: PyTree) -> PyTree:
+    """Arrays that lie on several devices as whole ones that this process can read and use on one device.
 
     Every process must come here together.
     """
@@ -314,7 +314,9 @@ def on_host(tree: PyTree) -> PyTree:
             return leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        if leaf.is_fully_replicated or leaf.is_fully_addressable:
+        if leaf.is_fully_replicated:
+            return leaf.addressable_data(0)
+        if leaf.is_fully_addressable:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
