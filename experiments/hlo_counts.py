@@ -106,7 +106,7 @@ def count(text: str, devices: int) -> Counts:
             if plain in _COLLECTIVES:
                 parts = _arrays(result)
                 whole = result if kind == plain else f"{parts[-1][0]}[{','.join(map(str, parts[-1][1]))}]"
-                received[plain] += _received(plain, whole, sum(map(_size, operands)), rest, devices)
+                received[plain] += round(_received(plain, whole, sum(map(_size, operands)), rest, devices))
                 times[plain] += 1
             elif kind in ("dot", "convolution"):
                 flops += _flops(kind, result, operands, rest)

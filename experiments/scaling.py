@@ -81,7 +81,7 @@ def pi0_system(config: TrainConfig) -> tuple[System, Any]:
     openpi = OPENPI_CONFIGS["pi0_aloha_sim"]
     base = OpenpiPolicy(openpi, ("top",), tuple(range(PI0_PROMPT_TOKENS)))
     space = LatentSpace(config.latent.space, base.horizon, base.output_dim, config.latent.rank)
-    vector = jax.ShapeDtypeStruct((base.output_dim,), jnp.float32)
+    vector: Any = jax.ShapeDtypeStruct((base.output_dim,), jnp.float32)
     norm = NormStats(vector, vector, vector, vector)
     weights = {"model": param_shapes(openpi.model), "norm": {"state": norm, "actions": norm}}
     return System(config, Elsewhere(base.image_size), base, space, fpo), weights

@@ -30,10 +30,11 @@ from fpo_jax.config import ParallelOptions
 from fpo_jax.types import FpoError, Params
 
 AXES = ("data", "fsdp")  # devices in a row hold one copy of a base that is split
-ENVS = P(AXES)  # leading axis N
-SLOTS = P(None, AXES)  # [T, N]
-WINDOW = P(None, None, AXES)  # [W, T, N]
-EVERYWHERE = P()
+# Of any type, as they stand in trees where arrays do.
+ENVS: Any = P(AXES)  # leading axis N
+SLOTS: Any = P(None, AXES)  # [T, N]
+WINDOW: Any = P(None, None, AXES)  # [W, T, N]
+EVERYWHERE: Any = P()
 PEER_LOST = 75  # exit code (EX_TEMPFAIL: try again)
 SILENCE_SECONDS = 30  # after so long without a sign of life a process counts as gone, and the others end
 
@@ -331,7 +332,7 @@ def _is_split(leaf: Any) -> bool:
     return leaf.ndim >= 3
 
 
-def weight_specs(params: Params) -> PyTree[P]:
+def weight_specs(params: PyTree) -> PyTree[P]:
     """How the weights of the base lie: whole on every device, or matrices of layers split by their last axis.
 
     Stacked layers are those under `layers` and `encoderblock`, which `gathered` puts together one by one.
@@ -375,14 +376,14 @@ def gathered(layer: type[nn.Module]) -> type[nn.Module]:
     return nn.map_variables(layer, "params", trans_in_fn=whole)
 
 
-def weight_shardings(shapes: Params) -> PyTree[NamedSharding] | None:
+def weight_shardings(shapes: PyTree) -> PyTree[NamedSharding] | None:
     """`weight_specs` on the mesh at hand; None without one."""
     if num_devices() == 1:
         return None
     return jax.tree.map(lambda spec: NamedSharding(jax.sharding.get_mesh(), spec), weight_specs(shapes))
 
 
-def place_weights(params: Params) -> Params:
+def place_weights(params: PyTree) -> Params:
     """The base's weights on the devices of the mesh, each process giving what it has read."""
     shardings = weight_shardings(params)
     if shardings is None:
