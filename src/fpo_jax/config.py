@@ -242,8 +242,9 @@ class TrainConfig:
     """Control steps executed per decision; by default the environment's (ALOHA 50, LIBERO 5)."""
     run_dir: str | None = None
     """Where the run is written; by default runs/<env>[-<base>]-<preset>-s<seed>."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """yes (or --resume alone): continue the run in run_dir from its last checkpoint; auto: continue it where there is
+    one, else begin it, so that a restarted job runs the same command."""
     render: Quality | None = None
     """Camera images, by default as the base was trained on: official as gym-aloha draws them; fast without shadows and
     multisampling; raycast by MJX-Warp on the GPU, which look different (physics=warp only)."""
