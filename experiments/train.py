@@ -20,6 +20,9 @@ from rich.console import Console
 from fpo_jax.config import TrainConfig, preset
 from fpo_jax.evaluate import report
 from fpo_jax.fit import RunStopped, default_run_dir, fit, read_config
+from fpo_jax.fit_population import fit as fit_population
+from fpo_jax.fit_population import is_population
+from fpo_jax.fit_population import report as report_population
 from fpo_jax.types import FpoError
 
 
@@ -62,7 +65,7 @@ def main(arguments: list[str]) -> int:
     errors = Console(stderr=True)
     try:
         config = parse(arguments)
-        result = fit(config, console)
+        result = (fit_population if is_population(config) else fit)(config, console)
     except RunStopped as stopped:
         errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         return stopped.exit_code
@@ -73,7 +76,8 @@ def main(arguments: list[str]) -> int:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     if result:
-        console.print(report(result), markup=False, highlight=False, soft_wrap=True)
+        text = report_population(result) if is_population(config) else report(result)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Everything is in {config.run_dir}: learning_curve.png, metrics.jsonl, evaluation.json ...",
         markup=False,

@@ -16,8 +16,9 @@ RANKS = [
     {"clone"},
     {"clone_pi0", "rollout"},
     {"train", "evaluate"},
-    {"video", "steerability"},
+    {"population", "video", "steerability"},
     {"fit"},
+    {"fit_population"},
 ]
 SIBLINGS = {0, 1, 5}  # environments, policies and algorithms never import each other
 # Leaves, with what they may import; only LEAF_USERS and experiments import a leaf.
@@ -28,7 +29,7 @@ LEAVES = {
     "provenance": {"types"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
-LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "serve"}
+LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "fit_population", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},

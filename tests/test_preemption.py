@@ -42,7 +42,7 @@ class Job:
         opening = f"run directory {self.run_dir}"
         with self.log.open("w") as stream:
             process = subprocess.Popen(self.command, stdout=stream, stderr=stream, env=self.env)
-        deadline, resumed = time.monotonic() + 240, None
+        deadline, resumed = time.monotonic() + 500, None
         while time.monotonic() < deadline and process.poll() is None:
             if resumed is None and opening in self.log.read_text():
                 found = re.search(r"resuming after iteration (\d+)", self.log.read_text())

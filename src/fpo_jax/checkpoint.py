@@ -168,6 +168,11 @@ def latest_step(run_dir: str | Path, shelf: Shelf = "checkpoints") -> int | None
     return None
 
 
+def is_whole(run_dir: str | Path, step: int, shelf: Shelf = "checkpoints") -> bool:
+    """Whether that checkpoint's files are all there and intact."""
+    return not _damage(Path(run_dir) / shelf / str(step))
+
+
 def steps(run_dir: str | Path, shelf: Shelf = "checkpoints") -> list[int]:
     """The steps of a shelf in ascending order; half-written checkpoints are not among them."""
     folder = Path(run_dir) / shelf

@@ -215,6 +215,17 @@ class SavingConfig:
 
 
 @dataclass(frozen=True)
+class PopulationOptions:
+    """Several runs in one compiled program (docs/scale.md)."""
+
+    size: int = 1
+    """Seeds: seed, seed + 1, ..."""
+    vary: tuple[str, ...] = ()
+    """Settings, each as a list (actor.learning-rate=3e-4,1e-3) or from:to:count in equal ratios
+    (fpo.epsilon=.05:.4:4); every combination is trained with every seed."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Flow Policy Optimization of a frozen flow-matching base policy."""
 
@@ -261,6 +272,7 @@ class TrainConfig:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
+    population: PopulationOptions = field(default_factory=PopulationOptions)
 
 
 _DEFAULT = TrainConfig()
@@ -333,7 +345,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 _AT_LEAST_ONE = (
-    *("iterations", "num_envs", "latent.rank", "actor.sampler_steps", "actor.cfm_draws", "critic.num_critics"),
+    *(
+        "iterations",
+        "num_envs",
+        "population.size",
+        "latent.rank",
+        "actor.sampler_steps",
+        "actor.cfm_draws",
+        "critic.num_critics",
+    ),
     "openpi.denoise_steps",
     *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
     "saving.every",

@@ -18,7 +18,7 @@ import numpy as np
 
 from fpo_jax import analysis, checkpoint, train
 from fpo_jax.algorithms import fpo, sac
-from fpo_jax.config import TrainConfig, check, differences, from_dict, to_dict
+from fpo_jax.config import PopulationOptions, TrainConfig, check, differences, from_dict, to_dict
 from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.evaluate import Evaluator, compare
 from fpo_jax.health import COLLAPSE_WINDOW, failure
@@ -27,7 +27,7 @@ from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.policies import open_base
 from fpo_jax.policies.openpi import compute_dtype
 from fpo_jax.policies.small import check_action_space
-from fpo_jax.provenance import provenance, tree_crc32
+from fpo_jax.provenance import tree_crc32, write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
@@ -59,7 +59,8 @@ def build(config: TrainConfig) -> tuple[System, Params]:
 def default_run_dir(config: TrainConfig) -> Path:
     env = config.env.replace("/", "-")
     base = f"-{Path(config.base).stem}" if config.base else ""
-    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}"
+    several = "-population" if config.population != PopulationOptions() else ""
+    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}{several}"
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -90,7 +91,8 @@ def load_run(
     step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
         raise FpoError(
-            f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir."
+            f"{run_dir} has no whole checkpoint in {shelf}/; train first, give one member of a population, or start "
+            "again in another --run-dir."
         )
     system, base_params = build(config)
     _check_base(run_dir, base_params)
@@ -210,7 +212,7 @@ class Run:
         self.saver.wait()
         step = int(state.iteration)
         if exit_code == _FAILED:
-            _write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
+            write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
         return RunStopped(f"{reason}; the state after iteration {step} is saved in {self.run_dir}. {advice}", exit_code)
 
 
@@ -222,13 +224,11 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
     config = settled(config)
     run_dir = Path(config.run_dir or default_run_dir(config))
     say = console.print if console else lambda *_, **__: None
-    begun = (run_dir / "config.json").exists()
-    if begun and config.resume == "no":
-        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
+    begun = holds_run(config, run_dir)
     if begun and config.resume == "auto" and (result := _finished(config, run_dir)):
         say(f"{run_dir} is finished; nothing is left to do.", markup=False)
         return result
-    if config.resume == "yes" or begun:
+    if begun:
         step, system, base_params, state = _resume(config, run_dir)
     else:
         if config.base:
@@ -256,13 +256,13 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
             run.save(state)
             saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        _write_provenance(run_dir, base_params, system.env.spec.protocol)
-        _write_json(run_dir / "config.json", to_dict(replace(config, resume="no")))
+        write_provenance(run_dir, base_params, system.env.spec.protocol)
+        write_json(run_dir / "config.json", to_dict(replace(config, resume="no")))
         logger.print(_opening(system, run_dir, step))
         with stop.deferred():
             state = _loop(system, base_params, state, run, stop)
         if stop.received:
-            raise run.stop(state, f"Stopped by {stop.received.name}", _resume_advice(run_dir), exit_code(stop.received))
+            raise run.stop(state, f"Stopped by {stop.received.name}", resume_advice(run_dir), exit_code(stop.received))
         saver.wait()
         return _finish(system, base_params, state, run)
 
@@ -277,12 +277,21 @@ def _begin(system: System, base_params: Params) -> TrainState:
     return state
 
 
+def holds_run(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether to go on with the run in `run_dir`; raises FpoError where `config.resume` does not allow that."""
+    begun = (run_dir / "config.json").exists()
+    if begun and config.resume == "no":
+        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
+    if begun or config.resume == "yes":
+        check_resumable(read_config(run_dir), config)
+    return begun
+
+
 def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
     """The evaluation of a run that has come to its end, for a job that is started again; else None.
 
     Raises FpoError where the run stopped itself: doing the same again would not help.
     """
-    check_resumable(read_config(run_dir), config)
     if (stopped := run_dir / "stopped.json").exists():
         reason = json.loads(stopped.read_text())["reason"]
         raise FpoError(f"{run_dir} stopped itself: {reason}; use --resume yes to go on all the same.")
@@ -292,7 +301,6 @@ def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
 
 
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
-    check_resumable(read_config(run_dir), config)
     _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
@@ -321,7 +329,7 @@ def _base_in_words(system: System) -> str:
     return f"base {config.base} ({config.openpi.dtype}, sees {', '.join(base.cameras)}), "
 
 
-def _resume_advice(run_dir: Path) -> str:
+def resume_advice(run_dir: Path) -> str:
     return f"Continue with: python experiments/train.py --resume --run-dir {run_dir}"
 
 
@@ -341,7 +349,7 @@ def _loop(system: System, base_params: Params, state: TrainState, run: Run, stop
         run.logger.log(record)
         if isinstance(system.env, HostedEnv) and (problem := system.env.problem()):  # this iteration lacks episodes
             raise run.stop(
-                before, f"Training stopped: {problem}", f"Mend what ends them. {_resume_advice(run.run_dir)}", _FAILED
+                before, f"Training stopped: {problem}", f"Mend what ends them. {resume_advice(run.run_dir)}", _FAILED
             )
         if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
             raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
@@ -360,14 +368,14 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     """Paired evaluation, learning curve and video."""
     settings, run_dir = system.config.evaluation, run.run_dir
     if settings.episodes == 0:
-        _learning_curve(run, None)
+        learning_curve(run, None)
         return {}
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     base, tuned = evaluator.play_base(), evaluator.play(state.agent)
     result = compare(base, tuned, system.env.spec)
-    _write_json(run_dir / "evaluation.json", result)
-    _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
+    write_json(run_dir / "evaluation.json", result)
+    learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
     if settings.video:
         try:
             record_comparison(evaluator, base, tuned, state.agent, run_dir / "base_and_tuned.mp4")
@@ -376,23 +384,8 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     return result
 
 
-def _learning_curve(run: Run, base: Interval | None) -> None:
+def learning_curve(run: Run, base: Interval | None) -> None:
     try:
         analysis.learning_curve_png(run.logger.metrics_path, run.run_dir / "learning_curve.png", base=base)
     except FpoError as error:  # a run too short for a single episode
         run.logger.print(f"No learning curve: {error}")
-
-
-def _write_provenance(run_dir: Path, base_params: Params, protocol: dict[str, Any] | None) -> None:
-    """What this start runs on, after those before it, the environment's protocol and the checksum of the base."""
-    path = run_dir / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    this = provenance() | ({} if protocol is None else {"protocol": protocol})
-    _write_json(path, {"base_crc32": tree_crc32(base_params), "starts": [*starts, this]})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(content, indent=2) + "\n")
-    partial_path.replace(path)

@@ -12,17 +12,19 @@ from jaxtyping import PyTree
 
 from fpo_jax import checkpoint
 
-_MAX_UNFINISHED = 6  # two iterations' rolling, best and milestone: what a slow disk may keep in host memory
-
 
 class Saver:
     """Saves in the background, in the order of the calls; leaving the `with` block waits for what is unfinished.
 
     with Saver() as saver:
         saver.save(run_dir, step, tree)
+
+    `most_unfinished` bounds what a slow disk may keep in host memory; by default two iterations' rolling, best and
+    milestone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_unfinished: int = 6) -> None:
+        self._most_unfinished = most_unfinished
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._unfinished: deque[tuple[Path, Future[Path]]] = deque()
 
@@ -39,13 +41,13 @@ class Saver:
     ) -> None:
         """`checkpoint.save`, but it returns when the arrays have left the device.
 
-        Waits where this very checkpoint or `_MAX_UNFINISHED` others are still being written. Raises FpoError when the
+        Waits where this very checkpoint or `most_unfinished` others are still being written. Raises FpoError when the
         disk is full, or became full under an earlier checkpoint.
         """
         target = Path(run_dir).resolve() / shelf / str(step)
         while self._unfinished and (
             self._unfinished[0][1].done()
-            or len(self._unfinished) >= _MAX_UNFINISHED
+            or len(self._unfinished) >= self._most_unfinished
             or any(target == other for other, _ in self._unfinished)
         ):
             self._finish_oldest()
