@@ -1,13 +1,7 @@
 """The command line: what a user types, what comes back, and what a wrong word says."""
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -26,7 +20,6 @@ TINY = [
 ]
 POINT_MASS = ["--env", "point_mass", *TINY]
 ALOHA = ["--env", "aloha_transfer_cube", "--episode-length", "20", "--execute-steps", "10", *TINY]
-TRAIN = Path(train_script.__file__)
 
 
 def run(arguments, capsys) -> tuple[int, str, str]:
@@ -69,50 +62,6 @@ def test_two_and_two_more_iterations_are_four(options, tmp_path, capsys):
     assert code == 0, err
     assert "resuming after iteration 2" in out
     assert_same_run(whole, parts)
-
-
-def _start(arguments, log: Path) -> subprocess.Popen:
-    """The command as a process of its own, its output in `log`."""
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            [sys.executable, str(TRAIN), *map(str, arguments)],
-            stdout=stream,
-            stderr=stream,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-
-
-def _wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= count:
-            return
-        time.sleep(0.01)
-    process.kill()
-    raise AssertionError(f"no {count} iterations in {path} in time")
-
-
-def test_a_killed_run_resumes_bitwise_and_sigterm_saves(tmp_path, capsys):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = [*POINT_MASS, "--iterations", 400, "--evaluation.episodes", 0]
-    log = tmp_path / "log"
-    process = _start([*options, "--run-dir", killed], log)
-    _wait_for_lines(killed / "metrics.jsonl", 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # a checkpoint that was being written when the machine went down
-    (killed / "checkpoints" / ".999.partial").mkdir()
-    process = _start(["--resume", "--run-dir", killed], log)
-    _wait_for_lines(killed / "metrics.jsonl", 8, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    err = log.read_text()
-    done = int(re.search(r"SIGTERM; the state after iteration (\d+) is saved", err)[1])
-    assert f"--resume --run-dir {killed}" in err
-    assert checkpoint.latest_step(killed) == done
-    options[options.index("--iterations") + 1] = done
-    assert run([*options, "--run-dir", whole], capsys)[0] == 0
-    assert_same_run(whole, killed)
 
 
 def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):

@@ -11,23 +11,25 @@ PACKAGE = Path(__file__).parents[1] / "src" / "fpo_jax"
 # A module imports modules of lower rank, of its own folder, and of its own rank where that is a rank of siblings.
 RANKS = [
     {"types", "config"},
-    {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos", "images"},
+    {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos", "images", "health", "signals"},
     {"envs", "policies", "algorithms"},
     {"clone"},
     {"clone_pi0", "rollout"},
     {"train", "evaluate"},
-    {"video", "steerability"},
+    {"population", "video", "steerability"},
     {"fit"},
+    {"fit_population"},
 ]
 SIBLINGS = {0, 1, 5}  # environments, policies and algorithms never import each other
 # Leaves, with what they may import; only LEAF_USERS and experiments import a leaf.
 LEAVES = {
-    "checkpoint": {"types", "config"},
+    "checkpoint": {"types", "config", "parallel"},
+    "saver": {"checkpoint", "parallel"},
     "analysis": {"types", "config", "latent", "metrics"},
     "provenance": {"types"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
-LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "serve"}
+LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "fit_population", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},

@@ -198,7 +198,7 @@ def test_resume_is_exact_but_for_the_episodes_that_were_running(loop, tmp_path):
     running = int(np.sum(~np.asarray(before.rollout.env.done)))
     assert running > 0
     loop.envs[0].close()
-    fit(replace(config, iterations=2, resume=True))
+    fit(replace(config, iterations=2, resume="yes"))
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["invalid_episodes"] for line in lines] == [0, running]
     for line in lines:

@@ -11,7 +11,8 @@ and of one checkpoint:
     manifest.json         shape, dtype and PRNG kind of every array; size and CRC-32 of every file
 
 A checkpoint is written as `.<step>.partial` and renamed when the manifest is on disk, so a directory whose name is a
-number is complete; the checksums find what was damaged later. Nothing is pickled.
+number is complete; the checksums find what was damaged later. Nothing is pickled. `save` returns when that is done,
+`saver.Saver.save` when the arrays have left the device.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from fpo_jax import parallel
 from fpo_jax.types import FpoError
 
 Shelf = Literal["checkpoints", "best", "milestones"]
@@ -58,41 +60,79 @@ def save(
 
     Raises FpoError when the disk is full; earlier checkpoints are then still there.
     """
+    path = begin(run_dir, step, tree, shelf, keep, config, extra).finish()
+    parallel.wait_for_all("the checkpoint is whole")
+    return path
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint whose arrays Orbax is writing; there is nothing to load before `finish`."""
+
+    partial: Path
+    target: Path
+    keep: int | None
+    described: Mapping[str, Any]
+    checkpointer: ocp.StandardCheckpointer
+
+    def finish(self) -> Path:
+        """Wait for the arrays, write the manifest, give the directory its name; in any thread."""
+        with _cleaned_up(self.partial), self.checkpointer:
+            self.checkpointer.wait_until_finished()  # on the first host: for all hosts
+            if jax.process_index() == 0:
+                manifest = {"arrays": self.described, "files": _checksums(self.partial)}
+                _write_synced(self.partial / "manifest.json", manifest)
+                shutil.rmtree(self.target, ignore_errors=True)  # only after a resume from before this step
+                self.partial.rename(self.target)
+                _sync_directory(self.target.parent)
+                _prune(self.target.parent, int(self.target.name), self.keep)
+        return self.target
+
+
+def begin(
+    run_dir: str | Path,
+    step: int,
+    tree: PyTree,
+    shelf: Shelf,
+    keep: int | None,
+    config: Mapping[str, Any] | None,
+    extra: Mapping[str, np.ndarray] | None,
+) -> Writing:
+    """Copy the arrays off the device and let Orbax begin to write them."""
     folder = Path(run_dir).resolve() / shelf
-    partial, target = folder / f".{step}.partial", folder / str(step)
+    partial = folder / f".{step}.partial"
     leaves = _named_leaves(tree)
     arrays = {name: _to_array(leaf) for name, leaf in leaves.items()}
     _require_disk(folder, sum(x.nbytes for x in arrays.values()) + sum(x.nbytes for x in (extra or {}).values()))
-    first_host = jax.process_index() == 0
-    try:
-        if first_host:
+    with _cleaned_up(partial):
+        if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             if config is not None:
                 (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if extra:
                 np.savez(partial / "extra.npz", allow_pickle=False, **dict(extra))
-        multihost_utils.sync_global_devices(f"fpo_jax checkpoint {shelf} {step} begins")
-        with ocp.StandardCheckpointer() as checkpointer:
-            # Orbax refuses arrays of size 0; their shape and dtype are in the manifest, and there is nothing else.
-            checkpointer.save(partial / "state", {name: x for name, x in arrays.items() if x.size})
-        if first_host:
-            described = {name: _describe(leaf, arrays[name]) for name, leaf in leaves.items()}
-            _write_synced(partial / "manifest.json", {"arrays": described, "files": _checksums(partial)})
-            shutil.rmtree(target, ignore_errors=True)  # only after a resume from before `step`
-            partial.rename(target)
-            _sync_directory(folder)
-            _prune(folder, step, _KEEP[shelf] if keep is None else keep)
-        multihost_utils.sync_global_devices(f"fpo_jax checkpoint {shelf} {step} ends")
+        parallel.wait_for_all("the checkpoint's directory is there")
+        checkpointer = ocp.StandardCheckpointer()
+        # Orbax refuses arrays of size 0; their shape and dtype are in the manifest, and there is nothing else.
+        checkpointer.save(partial / "state", {name: x for name, x in arrays.items() if x.size})
+    described = {name: _describe(leaf, arrays[name]) for name, leaf in leaves.items()}
+    return Writing(partial, folder / str(step), _KEEP[shelf] if keep is None else keep, described, checkpointer)
+
+
+@contextlib.contextmanager
+def _cleaned_up(partial: Path) -> Iterator[None]:
+    """Leave nothing half-written behind an error, and say where the disk is full."""
+    try:
+        yield
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if _is_disk_full(error):
             raise FpoError(
-                f"The disk became full while checkpoint {step} was being written to {folder}; earlier checkpoints are "
-                "untouched: free some space and go on with --resume."
+                f"The disk became full while a checkpoint was being written to {partial.parent}; earlier checkpoints "
+                "are untouched: free some space and go on with --resume."
             ) from error
         raise
-    return target
 
 
 def restore(run_dir: str | Path, step: int, like: PyTree, *, shelf: Shelf = "checkpoints") -> PyTree:
@@ -126,6 +166,11 @@ def latest_step(run_dir: str | Path, shelf: Shelf = "checkpoints") -> int | None
             return step
         warnings.warn(f"Checkpoint {path} is damaged ({damage}); trying the one before.", stacklevel=2)
     return None
+
+
+def is_whole(run_dir: str | Path, step: int, shelf: Shelf = "checkpoints") -> bool:
+    """Whether that checkpoint's files are all there and intact."""
+    return not _damage(Path(run_dir) / shelf / str(step))
 
 
 def steps(run_dir: str | Path, shelf: Shelf = "checkpoints") -> list[int]:
@@ -274,8 +319,9 @@ def _sync_directory(folder: Path) -> None:
 
 def _prune(folder: Path, step: int, keep: int | None) -> None:
     """Delete all but the newest `keep` checkpoints; the one just written always stays."""
-    for old in folder.glob(".*.partial"):
-        shutil.rmtree(old, ignore_errors=True)
+    for partial in folder.glob(".*.partial"):  # of processes that were killed; later steps may be on their way
+        if int(partial.name.split(".")[1]) <= step:
+            shutil.rmtree(partial, ignore_errors=True)
     if keep is not None:
         others = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) != step)
         for old_step in others[: max(len(others) - max(keep - 1, 0), 0)]:

@@ -233,6 +233,17 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True)
+class PopulationOptions:
+    """Several runs in one compiled program (docs/scale.md)."""
+
+    size: int = 1
+    """Seeds: seed, seed + 1, ..."""
+    vary: tuple[str, ...] = ()
+    """Settings, each as a list (actor.learning-rate=3e-4,1e-3) or from:to:count in equal ratios
+    (fpo.epsilon=.05:.4:4); every combination is trained with every seed."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Flow Policy Optimization of a frozen flow-matching base policy."""
 
@@ -260,8 +271,9 @@ class TrainConfig:
     """Control steps executed per decision; by default the environment's (ALOHA 50, LIBERO 5)."""
     run_dir: str | None = None
     """Where the run is written; by default runs/<env>[-<base>]-<preset>-s<seed>."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """yes (or --resume alone): continue the run in run_dir from its last checkpoint; auto: continue it where there is
+    one, else begin it, so that a restarted job runs the same command."""
     render: Quality | None = None
     """Camera images, by default as the base was trained on: official as gym-aloha draws them; fast without shadows and
     multisampling; raycast by MJX-Warp on the GPU, which look different (physics=warp only)."""
@@ -279,6 +291,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    population: PopulationOptions = field(default_factory=PopulationOptions)
 
 
 _DEFAULT = TrainConfig()
@@ -351,7 +364,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 _AT_LEAST_ONE = (
-    *("iterations", "num_envs", "latent.rank", "actor.sampler_steps", "actor.cfm_draws", "critic.num_critics"),
+    *(
+        "iterations",
+        "num_envs",
+        "population.size",
+        "latent.rank",
+        "actor.sampler_steps",
+        "actor.cfm_draws",
+        "critic.num_critics",
+    ),
     "openpi.denoise_steps",
     *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
     *("saving.every", "parallel.fsdp"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from fpo_jax.types import Metrics, Params
+from fpo_jax.types import Metrics, Params, Scalar
 
 EnsembleQ = Callable[[Params, Float[Array, "B d"], Float[Array, "B D"]], Float[Array, "M B"]]
 
@@ -16,7 +16,7 @@ def masked_mean(x: Float[Array, "*batch"], valid: Bool[Array, "*batch"]) -> Floa
     return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
-def masked_std(x: Float[Array, "*batch"], valid: Bool[Array, "*batch"], floor: float) -> Float[Array, ""]:
+def masked_std(x: Float[Array, "*batch"], valid: Bool[Array, "*batch"], floor: Scalar) -> Float[Array, ""]:
     """Standard deviation of x over the valid entries, at least `floor`; finite gradient where all x are equal."""
     variance = masked_mean((x - masked_mean(x, valid)) ** 2, valid)
     return jnp.sqrt(jnp.maximum(variance, floor**2))
@@ -55,7 +55,7 @@ def generalized_advantage(
     value: Float[Array, "T+1 N"],
     done: Bool[Array, "T N"],
     valid: Bool[Array, "T N"],
-    lam: float,
+    lam: Scalar,
 ) -> Float[Array, "T N"]:
     """A_t = δ_t + γ_t λ A_{t+1} within an episode, δ_t = r_t + γ_t V_{t+1} - V_t (Schulman et al. 2016).
 
@@ -72,6 +72,6 @@ def generalized_advantage(
     return advantage
 
 
-def polyak(target: Params, online: Params, rate: float) -> Params:
+def polyak(target: Params, online: Params, rate: Scalar) -> Params:
     """φ̄ ← (1 - rate) φ̄ + rate φ."""
     return jax.tree.map(lambda t, o: (1 - rate) * t + rate * o, target, online)

@@ -8,8 +8,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +20,19 @@ from jaxtyping import PyTree
 
 from fpo_jax import analysis, checkpoint, parallel, train
 from fpo_jax.algorithms import fpo, sac
-from fpo_jax.config import ParallelOptions, TrainConfig, check, differences, from_dict, to_dict
+from fpo_jax.config import ParallelOptions, PopulationOptions, TrainConfig, check, differences, from_dict, to_dict
 from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.evaluate import Evaluator, Outcomes, compare
+from fpo_jax.health import COLLAPSE_WINDOW, failure
 from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.policies import open_base
 from fpo_jax.policies.openpi import compute_dtype
 from fpo_jax.policies.small import check_action_space
-from fpo_jax.provenance import provenance, tree_crc32
+from fpo_jax.provenance import tree_crc32, write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
+from fpo_jax.saver import Saver
+from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
 from fpo_jax.types import Camera, FpoError, HostedEnv, Params, Quality
 from fpo_jax.video import record_comparison
@@ -60,7 +62,8 @@ def build(config: TrainConfig) -> tuple[System, Params]:
 def default_run_dir(config: TrainConfig) -> Path:
     env = config.env.replace("/", "-")
     base = f"-{Path(config.base).stem}" if config.base else ""
-    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}"
+    several = "-population" if config.population != PopulationOptions() else ""
+    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}{several}"
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -91,7 +94,8 @@ def load_run(
     step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
         raise FpoError(
-            f"{run_dir} has no whole checkpoint in {shelf}/; train first, or start again in another --run-dir."
+            f"{run_dir} has no whole checkpoint in {shelf}/; train first, give one member of a population, or start "
+            "again in another --run-dir."
         )
     system, base_params = build(config)
     _check_base(run_dir, base_params)
@@ -116,7 +120,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     """The configuration that a run was started with. Raises FpoError where there is none."""
     path = run_dir / "config.json"
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(json.loads(path.read_text()) | {"resume": "no"})  # how it was started is no part of it
     except OSError as error:
         raise FpoError(
             f"{run_dir} holds no run ({path.name} is missing); give the directory that train.py wrote."
@@ -135,30 +139,6 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
         )
 
 
-class StopSignal:
-    """Remembers Ctrl-C and SIGTERM until the iteration in progress is over; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Within, Ctrl-C and SIGTERM are noted instead of obeyed."""
-    stop = StopSignal()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class RunStopped(FpoError):
     """Training ended before its last iteration, with its state saved; the sentence says why and how to go on."""
 
@@ -167,38 +147,16 @@ class RunStopped(FpoError):
         self.exit_code = exit_code
 
 
-def failure(records: deque[Mapping[str, float]], base_rate: float) -> str | None:
-    """Why a run should stop, or None. `records`: newest last; `base_rate`: success of the first iterations.
-
-    Non-finite numbers; simulations that all break; latents that left the range a base can read; success that fell to a
-    fifth of where it began.
-    """
-    newest = records[-1]
-    may_be_nan = {name for name in newest if name.split("/")[0] in _MAY_BE_NAN}  # a suite's success_rate/<task> too
-    if bad := [name for name, value in newest.items() if not math.isfinite(value) and name not in may_be_nan]:
-        return f"{', '.join(sorted(bad))} became non-finite"
-    full = len(records) == records.maxlen
-    if full and all(r["invalid_episodes"] > 0 and math.isnan(r["success_rate"]) for r in records):
-        return f"every simulation broke in the last {len(records)} iterations"
-    if not 0.02 < newest["latent_std"] < 10.0:
-        return f"the latents collapsed (their root mean square is {newest['latent_std']:.3g}; it starts at 1)"
-    rates = [record["success_rate"] for record in records if math.isfinite(record["success_rate"])]
-    if len(rates) == records.maxlen and base_rate > 0.05 and float(np.mean(rates)) < 0.2 * base_rate:
-        return f"success collapsed to {np.mean(rates):.1%}, from {base_rate:.1%} at the start"
-    return None
-
-
-_MAY_BE_NAN = {"success_rate", "return", "episode_length"}  # where no episode ended in an iteration
-_COLLAPSE_WINDOW = 8  # iterations
 _FAILED = 2  # exit code
 
 
 class Run:
     """One training run: its directory, its logger, what it saves and when."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger):
-        self.config, self.run_dir, self.logger = config, run_dir, logger
-        self.recent: deque[Mapping[str, float]] = deque(maxlen=_COLLAPSE_WINDOW)
+    def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger, saver: Saver):
+        self.config, self.run_dir, self.logger, self.saver = config, run_dir, logger, saver
+        self.saved: int | None = None  # the newest rolling checkpoint of this process
+        self.recent: deque[Mapping[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self.first_rates: list[float] = []  # success of the first three iterations in which an episode ended
         self.best_rate = -1.0
 
@@ -220,8 +178,12 @@ class Run:
         return float(np.mean(rates)) if len(rates) == 3 else -1.0
 
     def save(self, state: TrainState, shelf: checkpoint.Shelf = "checkpoints") -> None:
-        keep = self.config.saving.keep if shelf == "checkpoints" else None
-        checkpoint.save(self.run_dir, int(state.iteration), state, shelf=shelf, keep=keep, config=to_dict(self.config))
+        step, keep = int(state.iteration), None
+        if shelf == "checkpoints":
+            if step == self.saved:
+                return
+            self.saved, keep = step, self.config.saving.keep
+        self.saver.save(self.run_dir, step, state, shelf=shelf, keep=keep, config=to_dict(self.config))
 
     def save_what_is_due(self, before: TrainState, state: TrainState) -> None:
         """Rolling, best and milestone checkpoints. The newest rollout of `state` was gathered by `before.agent`."""
@@ -239,7 +201,7 @@ class Run:
         names = ("state", "latent", "reward", "done", "valid")
         extra = parallel.here({name: getattr(state.window, name)[-1] for name in names})
         extra = {name: np.asarray(leaf) for name, leaf in extra.items()}
-        checkpoint.save(
+        self.saver.save(
             self.run_dir,
             int(before.iteration),
             before.agent,
@@ -251,9 +213,10 @@ class Run:
     def stop(self, state: TrainState, reason: str, advice: str, exit_code: int) -> RunStopped:
         """Save `state`, write down why where it was no user's wish, and make the exception that ends the run."""
         self.save(state)
+        self.saver.wait()
         step = int(state.iteration)
         if exit_code == _FAILED and parallel.is_first():
-            _write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
+            write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
         return RunStopped(f"{reason}; the state after iteration {step} is saved in {self.run_dir}. {advice}", exit_code)
 
 
@@ -270,39 +233,51 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
     run_dir = Path(config.run_dir or default_run_dir(config))
     say = console.print if console else lambda *_, **__: None
-    if config.base and not config.resume:
-        say(f"Loading the base {config.base} ...", markup=False)
-    if config.resume:
+    begun = holds_run(config, run_dir)
+    if begun and config.resume == "auto" and (result := _finished(config, run_dir)):
+        say(f"{run_dir} is finished; nothing is left to do.", markup=False)
+        return result
+    if begun:
         step, system, base_params, state = _resume(config, run_dir)
-    elif (run_dir / "config.json").exists():
-        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
     else:
+        if config.base:
+            say(f"Loading the base {config.base} ...", markup=False)
         system, base_params = build(config)
         if system.base.standardize:
             say("Playing the base once for the statistics of its features ...")
         step, state = None, _begin(system, base_params)
-    with RunLogger(
-        run_dir,
-        iterations=config.iterations,
-        resumed_iteration=step,
-        tensorboard=config.saving.tensorboard,
-        wandb_project=config.saving.wandb,
-        config=to_dict(config),
-        console=console,
-        silent=not parallel.is_first(),
-    ) as logger:
+    with (
+        stop_signals() as stop,
+        Saver() as saver,
+        RunLogger(
+            run_dir,
+            iterations=config.iterations,
+            resumed_iteration=step,
+            tensorboard=config.saving.tensorboard,
+            wandb_project=config.saving.wandb,
+            config=to_dict(config),
+            console=console,
+            silent=not parallel.is_first(),
+        ) as logger,
+    ):
         parallel.wait_for_all("the metrics file is open")
-        run = Run(config, run_dir, logger)
+        run = Run(config, run_dir, logger, saver)
         run.replay(read_jsonl(logger.metrics_path))
         if step is None:
             run.save(state)
+            saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        base_crc = tree_crc32(parallel.here(base_params))
+        base_crc32 = tree_crc32(parallel.here(base_params))
         if parallel.is_first():
-            _write_provenance(run_dir, base_crc, system.env.spec.protocol)
-            _write_json(run_dir / "config.json", to_dict(replace(config, resume=False, parallel=ParallelOptions())))
+            write_provenance(run_dir, base_crc32, system.env.spec.protocol)
+            write_json(run_dir / "config.json", to_dict(replace(config, resume="no", parallel=ParallelOptions())))
         logger.print(_opening(system, run_dir, step))
-        state = _loop(system, base_params, state, run)
+        with stop.deferred():
+            state = _loop(system, base_params, state, run, stop)
+        if number := parallel.largest(stop.received or 0):
+            received = signal.Signals(number)
+            raise run.stop(state, f"Stopped by {received.name}", resume_advice(run_dir), exit_code(received))
+        saver.wait()
         return _finish(system, base_params, state, run)
 
 
@@ -316,8 +291,30 @@ def _begin(system: System, base_params: Params) -> TrainState:
     return state
 
 
+def holds_run(config: TrainConfig, run_dir: Path) -> bool:
+    """Whether to go on with the run in `run_dir`; raises FpoError where `config.resume` does not allow that."""
+    begun = (run_dir / "config.json").exists()
+    if begun and config.resume == "no":
+        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
+    if begun or config.resume == "yes":
+        check_resumable(read_config(run_dir), config)
+    return begun
+
+
+def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The evaluation of a run that has come to its end, for a job that is started again; else None.
+
+    Raises FpoError where the run stopped itself: doing the same again would not help.
+    """
+    if (stopped := run_dir / "stopped.json").exists():
+        reason = json.loads(stopped.read_text())["reason"]
+        raise FpoError(f"{run_dir} stopped itself: {reason}; use --resume yes to go on all the same.")
+    evaluation = run_dir / "evaluation.json"
+    over = evaluation.exists() and checkpoint.latest_step(run_dir) == config.iterations
+    return json.loads(evaluation.read_text()) if over else None
+
+
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
-    check_resumable(read_config(run_dir), config)
     _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
@@ -348,30 +345,35 @@ def _base_in_words(system: System) -> str:
     return f"base {config.base} ({config.openpi.dtype}, sees {', '.join(base.cameras)}), "
 
 
-def _loop(system: System, base_params: Params, state: TrainState, run: Run) -> TrainState:
+def resume_advice(run_dir: Path) -> str:
+    return f"Continue with: python experiments/train.py --resume --run-dir {run_dir}"
+
+
+def _loop(system: System, base_params: Params, state: TrainState, run: Run, stop: StopSignal) -> TrainState:
+    """Iterations until the last one or a signal."""
     config = system.config
     iterate = parallel.jit(partial(train.train_iteration, system), (train.PLACES, parallel.EVERYWHERE))
-    resume = f"Continue with: python experiments/train.py --resume --run-dir {run.run_dir}"
-    with stop_signals() as stop:
-        for _ in range(int(state.iteration), config.iterations):
-            began = time.perf_counter()
-            before = state
-            state, metrics = iterate(base_params, before)
-            record = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            record["iteration_seconds"] = time.perf_counter() - began
-            if isinstance(system.env, HostedEnv):
-                record |= parallel.total(system.env.report())
-            reason = run.note(record)
-            run.logger.log(record)
-            if problem := _problem(system):  # this iteration lacks episodes
-                raise run.stop(before, f"Training stopped: {problem}", f"Mend what ends them. {resume}", _FAILED)
-            if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
-                raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
-            run.save_what_is_due(before, state)
-            if reason and config.saving.stop_on_collapse:
-                raise run.stop(state, f"Training stopped: {reason}", _ADVICE, _FAILED)
-            if number := parallel.largest(stop.received or 0):
-                raise run.stop(state, f"Stopped by {signal.Signals(number).name}", resume, 128 + number)
+    for _ in range(int(state.iteration), config.iterations):
+        began = time.perf_counter()
+        before = state
+        state, metrics = iterate(base_params, before)
+        record = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        record["iteration_seconds"] = time.perf_counter() - began
+        if isinstance(system.env, HostedEnv):
+            record |= parallel.total(system.env.report())
+        reason = run.note(record)
+        run.logger.log(record)
+        if problem := _problem(system):  # this iteration lacks episodes
+            raise run.stop(
+                before, f"Training stopped: {problem}", f"Mend what ends them. {resume_advice(run.run_dir)}", _FAILED
+            )
+        if reason and "non-finite" in reason:  # the state before is the last good one: nothing newer may be saved
+            raise run.stop(before, f"Training stopped: {reason}", _ADVICE, _FAILED)
+        run.save_what_is_due(before, state)
+        if reason and config.saving.stop_on_collapse:
+            raise run.stop(state, f"Training stopped: {reason}", _ADVICE, _FAILED)
+        if parallel.largest(stop.received or 0):
+            break
     return state
 
 
@@ -393,15 +395,15 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     settings, first = system.config.evaluation, parallel.is_first()
     if settings.episodes == 0:
         if first:
-            _learning_curve(run, None)
+            learning_curve(run, None)
         return {}
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     base, tuned = evaluator.play_base(), evaluator.play(state.agent)
     result = compare(base, tuned, system.env.spec)
     if first:
-        _write_json(run.run_dir / "evaluation.json", result)
-        _learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
+        write_json(run.run_dir / "evaluation.json", result)
+        learning_curve(run, Interval(*(result["base"][name] for name in ("success_rate", "low", "high"))))
     if settings.video:
         _video(evaluator, base, tuned, state.agent, run)
     return result
@@ -421,23 +423,8 @@ def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree,
             run.logger.print(f"No video: {error}")
 
 
-def _learning_curve(run: Run, base: Interval | None) -> None:
+def learning_curve(run: Run, base: Interval | None) -> None:
     try:
         analysis.learning_curve_png(run.logger.metrics_path, run.run_dir / "learning_curve.png", base=base)
     except FpoError as error:  # a run too short for a single episode
         run.logger.print(f"No learning curve: {error}")
-
-
-def _write_provenance(run_dir: Path, base_crc32: int, protocol: dict[str, Any] | None) -> None:
-    """What this start runs on, after those before it, the environment's protocol and the checksum of the base."""
-    path = run_dir / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    this = provenance() | ({} if protocol is None else {"protocol": protocol})
-    _write_json(path, {"base_crc32": base_crc32, "starts": [*starts, this]})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(content, indent=2) + "\n")
-    partial_path.replace(path)

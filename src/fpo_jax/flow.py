@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fpo_jax.types import Params
+from fpo_jax.types import Params, Scalar
 
 Velocity = Callable[[Params, Float[Array, "B D"], Float[Array, " B"], Float[Array, "B d"]], Float[Array, "B D"]]
 
@@ -121,7 +121,7 @@ def explore(
     params: Params,
     state: Float[Array, "N d"],
     latent: Float[Array, "N D"],
-    step_size: float,
+    step_size: Scalar,
     num_steps: int,
 ) -> Float[Array, "N D"]:
     """x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s), k < K, with τ^(k) = k / K.  Eq. (7), reading B."""

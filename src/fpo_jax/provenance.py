@@ -1,6 +1,8 @@
 """What a result was made with: versions, source revision, devices, and the numbers of the frozen base."""
 
 import importlib.metadata
+import json
+import os
 import platform
 import subprocess
 import zlib
@@ -49,3 +51,22 @@ def tree_crc32(tree: Params) -> int:
         for part in leaf if leaf.ndim > 1 else [leaf]:
             crc = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, crc)
     return crc
+
+
+def write_provenance(run_dir: Path, base_crc32: int, protocol: dict[str, Any] | None) -> None:
+    """What this start runs on, after those before it, the environment's protocol and the checksum of the base."""
+    path = run_dir / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    this = provenance() | ({} if protocol is None else {"protocol": protocol})
+    write_json(path, {"base_crc32": base_crc32, "starts": [*starts, this]})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    with partial_path.open("w") as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial_path.replace(path)

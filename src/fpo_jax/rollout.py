@@ -171,7 +171,7 @@ def decide(system: System, base: FrozenBase, agent: PyTree, carry: RolloutState,
 def record(
     system: System, decision: Decision, after_decision: Decision | None = None
 ) -> tuple[RolloutState, tuple[Transition, Episodes]]:
-    """The second half of a slot: what became of it. `next_state` still holds s_t; `rollout` shifts it.
+    """The second half of a slot: what became of it. `next_state` still holds s_t; `fill_next_state` shifts it.
 
     An environment that was done is reset in this slot; its transition is not valid. `after_decision`: one that must
     have been submitted before this one is waited for.
@@ -238,8 +238,8 @@ def _in_turns(
     return carry, jax.tree.map(lambda leaf: leaf.reshape(len(keys), num, *leaf.shape[2:]), slots)
 
 
-def _shift(system: System, base: FrozenBase, carry: RolloutState, transition: Transition) -> Transition:
-    """Fill next_state by shifting; only the final observation needs one more encoding."""
+def fill_next_state(system: System, base: FrozenBase, carry: RolloutState, transition: Transition) -> Transition:
+    """`next_state` by shifting; only the final observation needs one more encoding."""
     last, _ = observe(system, base, carry.env)
     return transition._replace(next_state=jnp.concatenate([transition.state[1:], last[None]]))
 
@@ -262,7 +262,7 @@ def _rollout(
         carry, (transition, episodes) = _in_turns(system, base, agent, carry, keys, scan)
     else:
         carry, (transition, episodes) = scan(body, carry, keys)
-    return carry, _shift(system, base, carry, transition), episodes
+    return carry, fill_next_state(system, base, carry, transition), episodes
 
 
 def rollout(

@@ -130,9 +130,19 @@ def train_iteration(system: System, base_params: Params, state: TrainState) -> t
     """One round of Alg. 1: rollout, append to the window, update. Compiled once per run."""
     key, rollout_key, update_key = jax.random.split(state.key, 3)
     base = FrozenBase(base_params, state.features)
-    carry, transition, episodes = rollout(
-        system, base, state.agent, state.rollout, rollout_key, system.config.rollout.decisions
-    )
+    played = rollout(system, base, state.agent, state.rollout, rollout_key, system.config.rollout.decisions)
+    return learn(system, state, played, key, update_key)
+
+
+def learn(
+    system: System,
+    state: TrainState,
+    played: tuple[RolloutState, Transition, Episodes],
+    key: Key[Array, ""],
+    update_key: Key[Array, ""],
+) -> tuple[TrainState, Metrics]:
+    """The second half of an iteration: append what was played to the window, update; `key` is the next state's."""
+    carry, transition, episodes = played
     window = buffer.append(state.window, transition)
     agent, update_metrics = update_phase(system, state.agent, window, update_key)
     episode = episode_metrics(episodes, system.env.spec.tasks)

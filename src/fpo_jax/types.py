@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 Metrics = dict[str, Array]  # scalar diagnostics of one update or iteration
 Params = PyTree[Array]  # nested dict of arrays, as Flax Linen makes them
+Scalar = float | Float[Array, ""]  # a setting, or what stands for it where members of a population differ
 
 
 class FpoError(Exception):

@@ -12,7 +12,7 @@ from fpo_jax import buffer, critic, flow
 from fpo_jax.config import ActorConfig, CriticConfig, TrainConfig
 from fpo_jax.critic import masked_mean, masked_std
 from fpo_jax.networks import VelocityNetwork, apply, q_ensemble
-from fpo_jax.types import Dims, LatentSample, Metrics, Params, Transition
+from fpo_jax.types import Dims, LatentSample, Metrics, Params, Scalar, Transition
 
 
 class AgentState(NamedTuple):
@@ -47,7 +47,7 @@ def ensemble_q(config: CriticConfig, params: Params, state, latent) -> Float[Arr
     return apply(q_ensemble(config.num_critics, config.hidden), params, state, latent)
 
 
-def adam(learning_rate: float, max_grad_norm: float) -> optax.GradientTransformation:
+def adam(learning_rate: Scalar, max_grad_norm: Scalar) -> optax.GradientTransformation:
     """Adam behind a global gradient clip."""
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate))
 
@@ -117,9 +117,9 @@ def ratio_proxy(
     delta: Float[Array, "B S"],
     valid: Bool[Array, " B"],
     kind: Literal["mean", "sample", "paper"],
-    beta: float,
-    std_floor: float,
-    log_ratio_clamp: float,
+    beta: Scalar,
+    std_floor: Scalar,
+    log_ratio_clamp: Scalar,
 ) -> Float[Array, "B R"]:
     """The likelihood-free ratio ρ.  Eq. (3).
 
@@ -141,7 +141,7 @@ def clipped_surrogate(
     ratio: Float[Array, "B R"],
     advantage: Float[Array, " B"],
     valid: Bool[Array, " B"],
-    epsilon: float,
+    epsilon: Scalar,
     trust_region: Literal["clip", "asymmetric", "none"] = "clip",
 ) -> Float[Array, ""]:
     """E[min(ρ Â, clip(ρ, 1-ε, 1+ε) Â)], to be maximised.  Eq. (4).

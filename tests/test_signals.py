@@ -1,0 +1,81 @@
+"""Signals to a process that is inside a compiled computation, where Python's own handlers have to wait."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fpo_jax.signals import stop_signals
+
+SCRIPT = """
+import signal, sys, jax, jax.numpy as jnp
+from fpo_jax.signals import stop_signals
+
+def compute(thousands):
+    steps = thousands * 1000
+    jax.lax.fori_loop(0, steps, lambda _, x: jnp.sin(x) @ x, jnp.ones((32, 32))).block_until_ready()
+
+compute(0)
+with stop_signals() as stop:
+    if sys.argv[1] == "deferred":
+        with stop.deferred():
+            print("ready", flush=True)
+            compute(int(sys.argv[2]))
+        print(f"noted {stop.received.name}", flush=True)
+        sys.exit()
+    print("ready", flush=True)
+    compute(int(sys.argv[2]))
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_the_second_signal_ends_a_compiled_computation_at_once(number, code):
+    process = start("deferred", "1000000")
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert "noted" not in out and "left at once" in err and "Traceback" not in err
+
+
+def test_sigterm_ends_it_at_once_where_nothing_is_to_be_saved():
+    process = start("idle", "1000000")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75
+    process.communicate()
+
+
+def test_one_signal_is_noted_and_the_former_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals() as stop:
+        with stop.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while not stop.received and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert stop.received == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_is_pythons_own_where_nothing_is_to_be_saved():
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        signal.raise_signal(signal.SIGINT)
