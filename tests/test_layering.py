@@ -25,13 +25,15 @@ LEAVES = {
     "checkpoint": {"types", "config"},
     "analysis": {"types", "config", "latent", "metrics"},
     "provenance": {"types"},
+    "sweeps": {"types", "config"},
+    "sweep_report": {"types", "metrics", "analysis", "sweeps"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
 LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},
-    "matplotlib": {"analysis"},
+    "matplotlib": {"analysis", "sweep_report"},
     "imageio": set(),  # it forks
     "imageio_ffmpeg": {"analysis"},
     "PIL": {"analysis", "images", "envs"},
@@ -41,6 +43,9 @@ OPTIONAL = {
     "websockets": {"serve"},
     "warp": {"envs"},
     "gymnasium": {"envs"},
+    "yaml": {"sweeps"},
+    "ray": set(),  # experiments/sweep_ray.py
+    "optuna": set(),
     "gym_aloha": set(),
     "dm_control": set(),
     "torch": set(),
