@@ -83,7 +83,7 @@ class TrialRun(tune.Trainable):
                 stderr=log,
                 cwd=config["cwd"],
                 pass_fds=[self.lock.fileno()],
-                start_new_session=True,
+                process_group=0,
             )
 
     def step(self) -> dict[str, Any]:

@@ -231,13 +231,12 @@ def parallel_png(trials: Sequence[Trial], space: Space, path: Path) -> Path:
         if trial.curve:
             heights = [_height(parameter, trial.settings) for parameter in parameters]
             axes.plot([*heights, trial.success.estimate], color=colours(trial), linewidth=1.2, alpha=0.9)
-    for x, parameter in enumerate(parameters):
+    ticks = [*map(_ticks, parameters), [(f"{height:g}", height) for height in (0.0, 0.5, 1.0)]]
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+    for x, axis in enumerate(ticks):
         axes.axvline(x, color="0.7", linewidth=0.8, zorder=0)
-        for value, height in _ticks(parameter):
-            axes.text(x, height, f" {value}", fontsize=7, va="center", ha="left", color="0.25")
-    axes.axvline(len(parameters), color="0.7", linewidth=0.8, zorder=0)
-    for height in (0.0, 0.5, 1.0):
-        axes.text(len(parameters), height, f" {height:g}", fontsize=7, va="center", ha="left", color="0.25")
+        for value, height in axis:
+            axes.text(x + 0.03, height, str(value), fontsize=7, va="center", ha="left", color="0.25", bbox=paper)
     axes.set_xticks(range(len(parameters) + 1), [*(p.name for p in parameters), "success"], fontsize=8)
     axes.set(xlim=(-0.1, len(parameters) + 0.5), ylim=(_ABSENT - 0.05, 1.05), yticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
