@@ -123,13 +123,13 @@ def run(args: Args, console: Console) -> None:
         count = len(path.read_text().splitlines())
         console.print(f"{count} jobs in {path}; on SLURM: sbatch --array=1-{count} sweeps/slurm_array.sh {path}")
         return
-    if not args.report:
-        _search(args, space, sweep_dir)
+    ended = None if args.report else _search(args, space, sweep_dir)
     trials = write_report(sweep_dir, space)
     console.print(Markdown(markdown(trials, space)))
     console.print(f"Table and figures are in {sweep_dir}: results.md, .json, .csv, curves.png, parallel.png.")
-    if not args.report and (left := sum(trial.outcome in ("unfinished", "not started") for trial in trials)):
-        raise FpoError(f"Interrupted with {left} trials unfinished; the same command goes on.")
+    unfinished = sum(trial.outcome in ("unfinished", "not started") for trial in trials)
+    if ended is not None and (unfinished or ended < args.trials):
+        raise FpoError("The sweep was interrupted; the same command goes on.")
 
 
 def _check_environment(space: Space) -> None:
@@ -146,7 +146,8 @@ def _check(args: Args) -> None:
             raise FpoError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}.")
 
 
-def _search(args: Args, space: Space, sweep_dir: Path) -> None:
+def _search(args: Args, space: Space, sweep_dir: Path) -> int:
+    """The number of trials that have ended. Raises FpoError."""
     try:
         import sweep_ray
     except ImportError as error:
@@ -157,7 +158,7 @@ def _search(args: Args, space: Space, sweep_dir: Path) -> None:
     wanted = {name.upper(): value for name, value in asdict(args.resources).items() if value}
     sweep_ray.connect(args.address, wanted)
     _check_environment(space)  # not before: it starts JAX's threads, which do not survive Ray's forks
-    sweep_ray.search(
+    return sweep_ray.search(
         space,
         sweep_dir,
         trials=args.trials,

@@ -186,8 +186,8 @@ def search(
     concurrent: int | None,
     grace_episodes: int | None,
     reduction: int,
-) -> None:
-    """Run the sweep, or go on with it, until every trial has ended or Ctrl-C.
+) -> int:
+    """Run the sweep, or go on with it, until every trial has ended or Ctrl-C; returns how many have.
 
     `grace_episodes` None: no early stopping. What only matters at the beginning is Ray's to remember.
     """
@@ -197,8 +197,7 @@ def search(
     param_space = {p.name: _domain(p) for p in space.parameters} | constants
     if tune.Tuner.can_restore(str(sweep_dir / "ray")):
         tuner = tune.Tuner.restore(str((sweep_dir / "ray").resolve()), trainable, param_space=param_space)
-        tuner.fit()
-        return
+        return _ended(tuner.fit())
     scheduler = FIFOScheduler()
     if grace_episodes is not None:
         most = config.iterations * config.num_envs * config.rollout.decisions  # an episode takes a decision at least
@@ -231,7 +230,11 @@ def search(
             verbose=0,
         ),
     )
-    tuner.fit()
+    return _ended(tuner.fit())
+
+
+def _ended(results: tune.ResultGrid) -> int:
+    return results.num_terminated + results.num_errors
 
 
 def _first(space: Space) -> list[dict[str, Any]] | None:

@@ -378,4 +378,7 @@ def test_a_search_goes_on_after_ctrl_c_and_survives_a_failing_trial(tmp_path):
     assert all((row["outcome"] == "failed") == (row["settings"]["latent.rank"] == 9) for row in rows)
     assert all("choose 1 to 4" in row["reason"] for row in rows if row["outcome"] == "failed")
     assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written  # not run again
-    assert len(sweep_report.read_curve(out / "trials" / first).episodes) <= 12
+
+    process = _begin_search(arguments, log)  # nothing is left to do
+    assert process.wait(timeout=200) == 0, log.read_text()
+    assert json.loads((out / "results.json").read_text()) == rows
