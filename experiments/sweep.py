@@ -20,9 +20,8 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.markdown import Markdown
 
-from fpo_jax.sweep_report import markdown, register, write_report
+from fpo_jax.sweep_report import in_words, register, write_report
 from fpo_jax.sweeps import Space, command_line, grid_settings, random_settings, read_space
 from fpo_jax.types import FpoError
 
@@ -125,8 +124,9 @@ def run(args: Args, console: Console) -> None:
         return
     ended = None if args.report else _search(args, space, sweep_dir)
     trials = write_report(sweep_dir, space)
-    console.print(Markdown(markdown(trials, space)))
-    console.print(f"Table and figures are in {sweep_dir}: results.md, .json, .csv, curves.png, parallel.png.")
+    lines = ["The best:", *(in_words(trial) for trial in trials[:5])]
+    lines.append(f"Table and figures are in {sweep_dir}: results.md, .json, .csv, curves.png, parallel.png.")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     unfinished = sum(trial.outcome in ("unfinished", "not started") for trial in trials)
     if ended is not None and (unfinished or ended < args.trials):
         raise FpoError("The sweep was interrupted; the same command goes on.")

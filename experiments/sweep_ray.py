@@ -27,7 +27,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler  # pyright: ignore[
 from ray.tune.search.optuna import OptunaSearch  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 
-from fpo_jax.sweep_report import last_words, note, read_curve, read_trial, register, write_report
+from fpo_jax.sweep_report import in_words, last_words, note, read_curve, read_trial, register, write_report
 from fpo_jax.sweeps import Parameter, Settings, Space, command_line, default_settings, read_space, rounded
 from fpo_jax.types import FpoError
 
@@ -142,16 +142,7 @@ class Progress(tune.Callback):
                 note(run_dir, outcome="failed", reason="the worker of this trial died")
             else:
                 note(run_dir, outcome="stopped early", reason=None)
-        ended = read_trial(run_dir)
-        success = f"success {ended.success.estimate:.3f}" if ended.curve else "no episode"
-        chosen = ", ".join(f"{name} {value}" for name, value in ended.settings.items())
-        because = f" ({ended.reason})" if ended.reason else ""
-        Console().print(
-            f"{ended.name}: {ended.outcome}{because}, {success}; {chosen}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        Console().print(in_words(read_trial(run_dir)), markup=False, highlight=False, soft_wrap=True)
         write_report(self.sweep_dir, space)
 
 

@@ -281,7 +281,10 @@ def test_a_report_says_what_became_of_every_trial(fake_sweep, space_file):
 
 
 def test_tables_and_figures(fake_sweep, space_file, capsys):
-    assert run(["--space", space_file, "--out", fake_sweep, "--report"], capsys)[0] == 0
+    code, text, _ = run(["--space", space_file, "--out", fake_sweep, "--report"], capsys)
+    assert code == 0
+    assert "finished, success 0.900 [0.850, 0.950]; fpo.ratio mean, fpo.epsilon 0.3" in text
+    assert "failed (latent.rank is 9; choose 1 to 4.), no episode" in text
     rows = json.loads((fake_sweep / "results.json").read_text())
     assert rows[0]["episodes_to_80"] == 70 and rows[0]["tuned_minus_base"] == [0.3, 0.2, 0.4]
     assert rows[0]["settings"]["fpo.epsilon"] == 0.3

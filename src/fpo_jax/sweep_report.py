@@ -159,6 +159,14 @@ def row(trial: Trial) -> dict[str, Any]:
     }
 
 
+def in_words(trial: Trial) -> str:
+    """A trial in one line."""
+    success = "success {:.3f} [{:.3f}, {:.3f}]".format(*trial.success) if trial.curve else "no episode"
+    reason = f" ({trial.reason})" if trial.reason else ""
+    settings = ", ".join(f"{name} {value}" for name, value in trial.settings.items())
+    return f"{trial.name}: {trial.outcome}{reason}, {success}; {settings}"
+
+
 def markdown(trials: Sequence[Trial], space: Space) -> str:
     """The trials as a table, best first."""
     names = [parameter.name for parameter in space.parameters]
