@@ -182,12 +182,12 @@ def search(
 
     `grace_episodes` None: no early stopping. What only matters at the beginning is Ray's to remember.
     """
-    config = space.config({})
+    config, sweep_dir = space.config({}), sweep_dir.resolve()  # workers have directories of their own
     trainable = tune.with_resources(TrialRun, tune.PlacementGroupFactory([resources]))
-    constants = {"sweep_dir": str(sweep_dir.resolve()), "cwd": os.getcwd()}
+    constants = {"sweep_dir": str(sweep_dir), "cwd": os.getcwd()}
     param_space = {p.name: _domain(p) for p in space.parameters} | constants
     if tune.Tuner.can_restore(str(sweep_dir / "ray")):
-        tuner = tune.Tuner.restore(str((sweep_dir / "ray").resolve()), trainable, param_space=param_space)
+        tuner = tune.Tuner.restore(str(sweep_dir / "ray"), trainable, param_space=param_space)
         return _ended(tuner.fit())
     scheduler = FIFOScheduler()
     if grace_episodes is not None:
@@ -215,8 +215,8 @@ def search(
         ),
         run_config=tune.RunConfig(
             name="ray",
-            storage_path=str(sweep_dir.resolve()),
-            callbacks=[Progress(sweep_dir.resolve())],
+            storage_path=str(sweep_dir),
+            callbacks=[Progress(sweep_dir)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
             verbose=0,
         ),

@@ -344,7 +344,10 @@ def _begin_search(arguments: list[str], log: Path) -> subprocess.Popen:
     """The command as a process of its own, as this one's threads do not survive the forks of Ray."""
     with log.open("w") as stream:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "experiments" / "sweep.py"), *arguments], stdout=stream, stderr=stream
+            [sys.executable, str(ROOT / "experiments" / "sweep.py"), *arguments],
+            stdout=stream,
+            stderr=stream,
+            cwd=log.parent,
         )
 
 
@@ -361,7 +364,7 @@ def test_a_search_goes_on_after_ctrl_c_and_survives_a_failing_trial(tmp_path):
     """Importing Ray here would only bring its warnings: everything runs in the command's own process."""
     space, out, log = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "log"
     space.write_text(TINY_SPACE)
-    arguments = ["--space", str(space), "--out", str(out), "--trials", "5", "--seed", "1", "--no-asha"]
+    arguments = ["--space", "tiny.yaml", "--out", "out", "--trials", "5", "--seed", "1", "--no-asha"]
     process = _begin_search(arguments, log)
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None and "finished" not in _outcomes(out).values():
