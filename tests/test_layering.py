@@ -27,13 +27,15 @@ LEAVES = {
     "saver": {"checkpoint", "parallel"},
     "analysis": {"types", "config", "latent", "metrics"},
     "provenance": {"types"},
+    "sweeps": {"types", "config"},
+    "sweep_report": {"types", "metrics", "analysis", "sweeps"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
 LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "fit_population", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},
-    "matplotlib": {"analysis"},
+    "matplotlib": {"analysis", "sweep_report"},
     "imageio": set(),  # it forks
     "imageio_ffmpeg": {"analysis"},
     "PIL": {"analysis", "images", "envs"},
@@ -43,6 +45,9 @@ OPTIONAL = {
     "websockets": {"serve"},
     "warp": {"envs"},
     "gymnasium": {"envs"},
+    "yaml": {"sweeps"},
+    "ray": set(),  # experiments/sweep_ray.py
+    "optuna": set(),
     "gym_aloha": set(),
     "dm_control": set(),
     "torch": set(),
