@@ -45,7 +45,7 @@ class Args:
 
 
 def train(name: str, seed: int, run_dir: Path, iterations: int, options: Sequence[str]) -> None:
-    """Train one run to its last iteration, or until it stops itself with a reason; `options`: further ones of train.py."""
+    """Train one run to its last iteration, or until it stops itself with a reason; `options` are train.py's."""
     if (run_dir / "stopped.json").exists() or checkpoint.latest_step(run_dir) == iterations:
         return
     command = [sys.executable, str(HERE / "train.py"), "--run-dir", str(run_dir), "--iterations", str(iterations)]

@@ -30,11 +30,13 @@ class Args(CloneArgs):
     env: str = LIBERO_BUTTER.env  # one task of LIBERO
     mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
     workers: int | None = None  # processes that record; by default one per CPU
-    record_steps: int = 120  # control steps of a demonstration
+    record_steps: int = 110  # control steps of a demonstration
     record_episodes: int = 1000  # length of the recording
     eval_episodes: int = 400
     eval_envs: int = 20  # simulated side by side
-    clone: CloneConfig = CloneConfig(policy=POLICY, decision_steps=DECISION, decision_fraction=0.5)
+    clone: CloneConfig = dataclasses.field(
+        default_factory=lambda: CloneConfig(POLICY, steps=4000, decision_steps=DECISION, decision_fraction=0.5)
+    )
 
 
 def main(args: Args) -> None:

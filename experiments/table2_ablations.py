@@ -97,18 +97,15 @@ def markdown(lines: list[dict]) -> str:
     ]
     for line in lines:
         low, high, mean = (100 * line["success"][name] for name in ("low", "high", "estimate"))
-        stopped = " (stopped itself)" if any(line["stopped"]) else ""
+        title, stopped = line["paper_row"], " (stopped itself)" if any(line["stopped"]) else ""
         episodes = sum(line["training episodes"]) / len(line["seeds"])
         base = 100 * sum(line["base"]) / len(line["seeds"])
         published = "-" if line["published"] is None else f"{line['published']:.1f}"
         text.append(
-            f"| {line["paper_row"]} (`{line['preset']}`){stopped} | {len(line['seeds'])} | {episodes:.0f} | {base:.1f} | "
+            f"| {title} (`{line['preset']}`){stopped} | {len(line['seeds'])} | {episodes:.0f} | {base:.1f} | "
             f"{mean:.1f} [{low:.1f}, {high:.1f}] | {published} |"
         )
     return "\n".join(text) + "\n"
-
-
-
 
 
 def main(args: Args) -> int:

@@ -1,4 +1,4 @@
-"""LIBERO's scripted expert: its geometry by hand, its phases on a hand without dynamics, and (marked) in LIBERO itself."""
+"""LIBERO's scripted expert: its geometry by hand, its phases on a hand without weight, and in LIBERO itself."""
 
 import numpy as np
 import pytest
@@ -78,8 +78,12 @@ def test_the_goal_makes_the_plan():
 
 @pytest.mark.parametrize(
     "goal",
-    ["", "(On butter_1 plate_1)", "(In wine_bottle_1 wooden_tray_1_contain_region)"]
-    + ["(In butter_1 wooden_tray_1_contain_region) (Close cabinet_1_top_region)"],
+    [
+        "",
+        "(On butter_1 plate_1)",
+        "(In wine_bottle_1 wooden_tray_1_contain_region)",
+        "(In butter_1 wooden_tray_1_contain_region) (Close cabinet_1_top_region)",
+    ],
 )
 def test_other_goals_are_refused(goal):
     with pytest.raises(FpoError, match="cannot do 'butter'"):
@@ -99,7 +103,7 @@ def test_a_displaced_grasp_closes_beside_the_object_and_carries_nothing():
     plan = expert.make_plan(TASK)
     hand, phases = run(plan._replace(grasp_offset=(0.065, 0.0)), scene())
     assert hand.closed_at is not None
-    np.testing.assert_allclose(hand.closed_at, BUTTER + [0.065, 0, 0], atol=expert.ARRIVED)
+    np.testing.assert_allclose(hand.closed_at, BUTTER + np.array([0.065, 0, 0]), atol=expert.ARRIVED)
     np.testing.assert_allclose(hand.objects[1, :3], BUTTER, atol=1e-6)
     assert phases[-1] == "retreat"  # it goes through the whole motion
 

@@ -269,6 +269,7 @@ LIBERO_BUTTER = replace(
     preset="libero_butter",
     env="libero_90/LIVING_ROOM_SCENE3_pick_up_the_butter_and_put_it_in_the_tray",
     base="libero_butter",
+    iterations=20,
     num_envs=16,
     episode_length=100,
     execute_steps=20,

@@ -1,14 +1,16 @@
 """Scripted expert for LIBERO's pick-and-place tasks: closed loop on robot state and object poses, by OSC_POSE actions.
 
-It moves above the object, turns the fingers to its narrow side, descends, closes, lifts, carries, lowers and opens, each
-phase until the hand is where it should be. Displacing the grasp (`Plan.grasp_offset`) leaves the rest of the motion as
-it is: the raw material of a steerable base policy, one that contains the right behaviour but does not choose it.
+It moves above the object, turns the fingers to its narrow side, descends, closes, lifts, carries, lowers and opens,
+each phase until the hand is where it should be. Displacing the grasp (`Plan.grasp_offset`) leaves the rest of the
+motion as it is: the raw material of a steerable base policy, one that contains the right behaviour but does not choose
+it.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -34,6 +36,11 @@ CLEARANCE = 0.10  # [m] above the grasp: where the hand waits before it descends
 PATIENCE = 40  # control steps after which a phase is over anyway
 START_STEPS = 4  # in which the hand is pushed to where a demonstration starts
 REACHED = 0.3  # share of an action's reach that the hand has gone when the next one comes
+
+HAND_WIDTH = 0.2  # [m] along the fingers' axis
+FREE = 0.075  # [m] from the hand's middle line to the middle of a thing that it does not touch
+TALLER = 0.02  # [m] higher than the object: things that the hand could meet
+TURNS, SHIFTS = (0.0, 0.2, -0.2), (0.0, 0.015, -0.015)  # [rad] and, across the fingers, [m]: the smallest first
 
 PHASES = ("above", "descend", "close", "lift", "carry", "lower", "open", "retreat")
 
@@ -62,10 +69,10 @@ SHAPES: Mapping[str, Shape] = {
     "butter": Shape((0.0, 1.0, 0.0)),
     "chocolate_pudding": Shape((0.0, 1.0, 0.0)),
     "cream_cheese": Shape((0.0, 1.0, 0.0)),
-    "ketchup": Shape((1.0, 0.0, 0.0), height=0.01),
-    "milk": Shape((1.0, 0.0, 0.0), height=0.01),
-    "orange_juice": Shape((1.0, 0.0, 0.0), height=0.01),
-    "salad_dressing": Shape((1.0, 0.0, 0.0), height=0.01),
+    "ketchup": Shape((1.0, 0.0, 0.0), height=0.035),
+    "milk": Shape((1.0, 0.0, 0.0), height=0.03),
+    "orange_juice": Shape((1.0, 0.0, 0.0), height=0.035),
+    "salad_dressing": Shape((1.0, 0.0, 0.0), height=0.035),
     "tomato_sauce": Shape((0.0, 0.0, 1.0)),
 }
 CONTAINERS: Mapping[str, Container] = {
@@ -133,11 +140,26 @@ def make_plan(task: Mapping[str, Any]) -> Plan:
 
 
 def begin(plan: Plan, objects: Float[np.ndarray, "K 7"]) -> State:
-    """The state before the first step: where and how the hand will close."""
-    pose = objects[plan.item].astype(np.float64)
-    offset = np.array([*plan.grasp_offset, plan.shape.height])
+    """The state before the first step: where and how the hand will close.
+
+    Beside tall things the hand turns and moves along the object a little: it is 20 cm wide, and near the fingers' tips.
+    """
+    poses = objects.astype(np.float64)
+    pose = poses[plan.item]
     narrow = rotation_of_quaternion(pose[3:]) @ np.array(plan.shape.narrow)
-    return State(yaw=axis_yaw(narrow), grasp=tuple((pose[:3] + offset).tolist()))
+    exists = np.any(poses[:, 3:] != 0, axis=1) & ~np.isin(np.arange(len(poses)), (plan.item, plan.target))
+    tall = poses[exists & (poses[:, 2] > pose[2] + TALLER), :2]
+    best = (-np.inf, 0.0, np.zeros(2))
+    for turn, shift in product(TURNS, SHIFTS):
+        yaw = axis_yaw(narrow) + turn
+        fingers, across = np.array([-np.sin(yaw), np.cos(yaw)]), np.array([np.cos(yaw), np.sin(yaw)])
+        away = tall - pose[:2] - shift * across
+        along = np.clip(away @ fingers, -HAND_WIDTH / 2, HAND_WIDTH / 2)
+        clearance = min([FREE, *np.linalg.norm(away - along[:, None] * fingers, axis=1)])
+        if clearance > best[0]:  # the first of equal ones: the one that evades least
+            best = (clearance, yaw, shift * across)
+    offset = np.array([*(best[2] + plan.grasp_offset), plan.shape.height])
+    return State(yaw=best[1], grasp=tuple((pose[:3] + offset).tolist()))
 
 
 def act(
@@ -163,9 +185,9 @@ def act(
 
 def _goal(plan: Plan, phase: str, grasp: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Where the hand should be [m]."""
-    over = target + [*plan.container.centre, plan.container.carry]
+    over = target + np.array([*plan.container.centre, plan.container.carry])
     if phase == "above":
-        return grasp + [0.0, 0.0, CLEARANCE]
+        return grasp + np.array([0.0, 0.0, CLEARANCE])
     if phase in ("descend", "close"):
         return grasp
     if phase == "lift":
