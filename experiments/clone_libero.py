@@ -21,7 +21,7 @@ from fpo_jax.types import FpoError
 BUTTER = 4 * 7  # where the butter's pose begins among those of its scene
 DECISION = LIBERO_BUTTER.execute_steps or 0
 POLICY = SmallPolicy(
-    horizon=DECISION, action_dim=7, proprio_dim=8, object_start=BUTTER, spread=0.3, frequencies=4, width=384
+    horizon=DECISION, action_dim=7, proprio_dim=8, object_start=BUTTER, spread=1.0, frequencies=4, width=384
 )
 
 
@@ -30,12 +30,12 @@ class Args(CloneArgs):
     env: str = LIBERO_BUTTER.env  # one task of LIBERO
     mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
     workers: int | None = None  # processes that record; by default one per CPU
-    record_steps: int = 110  # control steps of a demonstration
-    record_episodes: int = 1000  # length of the recording
+    record_steps: int = 105  # control steps of a demonstration
+    record_episodes: int = 600  # length of the recording
     eval_episodes: int = 400
     eval_envs: int = 20  # simulated side by side
     clone: CloneConfig = dataclasses.field(
-        default_factory=lambda: CloneConfig(POLICY, steps=4000, decision_steps=DECISION, decision_fraction=0.5)
+        default_factory=lambda: CloneConfig(POLICY, steps=5000, decision_steps=DECISION)
     )
 
 

@@ -49,7 +49,7 @@ class Hand:
 
 
 def run(plan: expert.Plan, objects: np.ndarray, steps: int = 150) -> tuple[Hand, list[str]]:
-    hand, state, phases = Hand(objects), expert.begin(plan, objects), []
+    hand, state, phases = Hand(objects), expert.begin(plan, Hand(objects).proprio(), objects), []
     for _ in range(steps):
         action, state = expert.act(plan, state, hand.proprio(), hand.objects)
         assert np.all(np.abs(action) <= 1)
@@ -116,7 +116,8 @@ def test_the_fingers_turn_to_the_narrow_side(yaw):
 
 def test_a_phase_that_gets_nowhere_ends_all_the_same():
     plan, objects = expert.make_plan(TASK), scene()
-    hand, state = Hand(objects), expert.begin(expert.make_plan(TASK), objects)
+    hand = Hand(objects)
+    state = expert.begin(plan, hand.proprio(), objects)
     for _ in range(6 * expert.PATIENCE):
         _, state = expert.act(plan, state, hand.proprio(), objects)  # the hand is stuck
     assert expert.PHASES[state.phase] == "retreat"
