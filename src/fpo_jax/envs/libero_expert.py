@@ -67,7 +67,7 @@ class Container:
 # Boxes lie on their broad side; bottles and cartons stand on an end, with their y axis up, and so do cans.
 SHAPES: Mapping[str, Shape] = {
     "alphabet_soup": Shape((0.0, 0.0, 1.0)),
-    "bbq_sauce": Shape((1.0, 0.0, 0.0)),
+    "bbq_sauce": Shape((1.0, 0.0, 0.0), height=0.025),
     "butter": Shape((0.0, 1.0, 0.0)),
     "chocolate_pudding": Shape((0.0, 1.0, 0.0)),
     "cream_cheese": Shape((0.0, 1.0, 0.0)),
