@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,7 +74,9 @@ def test_the_base_of_a_libero_task_is_found_by_its_environment():
     assert 0.4 <= rate <= 0.6
     scene = np.zeros((2, 224), np.float32)
     scene[:, 28:31] = 0.03, 0.05, 0.445  # the butter
-    observation = Observation(proprio=params["stats"]["proprio_mean"][None].repeat(2, 0), object_pose=scene)
+    observation = Observation(
+        proprio=params["stats"]["proprio_mean"][None].repeat(2, 0), object_pose=jnp.asarray(scene)
+    )
     _, context = policy.encode(params, observation)
     chunk = policy.decode(params, context, jax.random.normal(jax.random.key(0), (2, policy.horizon, 7)))
     assert np.isfinite(chunk).all() and np.abs(chunk).max() < 2

@@ -157,8 +157,7 @@ def test_in_libero_it_succeeds_and_a_displaced_grasp_fails():
 @pytest.mark.libero
 def test_recording_does_not_depend_on_the_number_of_workers():
     installed()
-    settings = {"num_episodes": 2, "seed": 3, "control_steps": 30}
-    one, two = (expert.record_mixture(LIBERO_BUTTER.env, expert.Mixture(), workers=n, **settings) for n in (1, 2))
+    one, two = (expert.record_mixture(LIBERO_BUTTER.env, expert.Mixture(), 2, 3, n, control_steps=30) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
     assert one.object_pose.shape == (2, 30, 224)

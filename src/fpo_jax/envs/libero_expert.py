@@ -290,7 +290,8 @@ def play(
         pool.submit_step(slot, action[None])
         proprio, objects, now = look()
         success |= now
-    return *(np.stack(column) for column in zip(*records, strict=True)), success
+    seen, poses, actions = (np.stack(column) for column in zip(*records, strict=True))
+    return seen, poses, actions, success
 
 
 def record_mixture(
