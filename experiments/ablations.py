@@ -10,6 +10,7 @@ Every run is a process of its own; finished ones are not repeated and interrupte
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,33 +44,32 @@ class Args:
     """Directory of the runs and of the table."""
 
 
-def train(args: Args, name: str, seed: int, run_dir: Path) -> None:
-    """Train one run to its last iteration, or until it stops itself with a reason."""
-    iterations = args.iterations or preset(name).iterations
+def train(name: str, seed: int, run_dir: Path, iterations: int, options: Sequence[str]) -> None:
+    """Train one run to its last iteration, or until it stops itself with a reason; `options` are train.py's."""
     if (run_dir / "stopped.json").exists() or checkpoint.latest_step(run_dir) == iterations:
         return
     command = [sys.executable, str(HERE / "train.py"), "--run-dir", str(run_dir), "--iterations", str(iterations)]
     if (run_dir / "config.json").exists():
         command += ["--resume"]
     else:
-        command += ["--env", args.env, "--preset", name, "--seed", str(seed), "--evaluation.episodes", "0"]
+        command += ["--preset", name, "--seed", str(seed), *options]
     code = subprocess.run(command, check=False).returncode
     if code and not (run_dir / "stopped.json").exists():
         raise FpoError(f"Training {run_dir} failed with exit status {code}; its message is above.")
 
 
-def evaluate(args: Args, run_dir: Path) -> dict:
+def evaluate(run_dir: Path, episodes: int, constant: Path | None = None) -> dict:
     """The paired evaluation of a run's last checkpoint; an earlier one with the same settings is reused."""
     target = run_dir / "paired_evaluation.json"
     if target.exists():
         result = json.loads(target.read_text())
-        same_floors = ("constant_latent" in result["floors"]) == bool(args.constant)
+        same_floors = ("constant_latent" in result["floors"]) == bool(constant)
         newest = result["run"]["iteration"] == checkpoint.latest_step(run_dir)
-        if newest and same_floors and result["tuned"]["episodes"] == args.episodes:
+        if newest and same_floors and result["tuned"]["episodes"] == episodes:
             return result
     command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir)]
-    command += ["--episodes", str(args.episodes), "--json", str(target)]
-    command += ["--constant", str(args.constant)] if args.constant else []
+    command += ["--episodes", str(episodes), "--json", str(target)]
+    command += ["--constant", str(constant)] if constant else []
     if subprocess.run(command, check=False).returncode:
         raise FpoError(f"Evaluating {run_dir} failed; its message is above.")
     return json.loads(target.read_text())
@@ -126,8 +126,9 @@ def main(args: Args) -> int:
         for name in args.presets:
             for seed in args.seeds:
                 run_dir = args.out / f"{name}-s{seed}"
-                train(args, name, seed, run_dir)
-                rows.append(row(name, seed, run_dir, evaluate(args, run_dir)))
+                iterations = args.iterations or preset(name).iterations
+                train(name, seed, run_dir, iterations, ("--env", args.env, "--evaluation.episodes", "0"))
+                rows.append(row(name, seed, run_dir, evaluate(run_dir, args.episodes, args.constant)))
                 (args.out / "table.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     except FpoError as error:
         Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)

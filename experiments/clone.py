@@ -7,7 +7,9 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +28,31 @@ from fpo_jax.types import BasePolicy, Env, FpoError, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class CloneArgs:
+    """What cloning any base takes."""
+
     out: Path  # checkpoint folder to write
     demos: Path | None = None  # demonstration file (.npz); a mixture is recorded where none is given
     record_episodes: int = 2000  # length of that recording
-    mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps it holds
     save_demos: Path | None = None  # file to keep the recorded demonstrations in, for --demos
     seed: int = 0  # of the recording, the training and the evaluation
     eval_episodes: int = 1000
     eval_envs: int = 250  # simulated side by side
     clone: CloneConfig = dataclasses.field(default_factory=CloneConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(CloneArgs):
+    mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
+
+
+class Subject(NamedTuple):
+    """What is cloned, and where it is tried."""
+
+    about: str  # what the policy sees, of which task
+    mixture: Any  # of grasps, as the model card states it
+    env: Env
+    record: Callable[[Callable[[int], None]], Demonstrations]  # takes on_progress(episodes)
 
 
 def base_success(env: Env, policy: BasePolicy, params: Params, key: Key[Array, ""], num_envs: int) -> Bool[Array, " N"]:
@@ -65,14 +82,16 @@ def rate(success: Float[np.ndarray, " N"]) -> str:
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}] ({success.size} episodes)"
 
 
-def model_card(args: Args, demos: Demonstrations, success: np.ndarray, heldout: float, minutes: float) -> str:
+def model_card(
+    args: CloneArgs, subject: Subject, demos: Demonstrations, success: np.ndarray, heldout: float, minutes: float
+) -> str:
     """The README.md of the checkpoint."""
     config = args.clone
     return f"""# {args.out.name}: small cloned base policy
 
-A flow policy over chunks of {config.policy.horizon} actions, conditioned on robot state and cube position (no images),
-for gym-aloha's AlohaTransferCube-v0. It is deliberately imperfect: it was cloned from a mixture of correct and
-displaced grasps, and its noise decides which of them it makes. Steering that noise is what fpo_jax learns.
+A flow policy over chunks of {config.policy.horizon} actions, conditioned on {subject.about}. It is
+deliberately imperfect: it was cloned from a mixture of correct and displaced grasps, and its noise decides which of
+them it makes. Steering that noise is what fpo_jax learns.
 
 | | |
 |---|---|
@@ -83,27 +102,25 @@ displaced grasps, and its noise decides which of them it makes. Steering that no
 
 Command: `python {shlex.join(sys.argv)}`
 
-Demonstrations: {args.demos or f"{args.record_episodes} episodes of {args.mixture}"}
+Demonstrations: {args.demos or f"{args.record_episodes} episodes of {subject.mixture}"}
 
 Recipe: {config}
 
-Limits: simulation only; it sees the true position of the cube; trained for decisions every
+Limits: simulation only; it sees the true position of the object; trained for decisions every
 {config.decision_steps} control steps.
-Licence: Apache-2.0, as the repository. Scene and task: gym-aloha (Apache-2.0).
+Licence: Apache-2.0, as the repository.
 """
 
 
-def main(args: Args) -> None:
+def make_base(args: CloneArgs, subject: Subject) -> None:
+    """Records demonstrations where no file of them is given, clones them, measures the base and saves it."""
     key_clone, key_eval = jax.random.split(jax.random.key(args.seed))
-    env = AlohaMujoco()
-    check_action_space(args.clone.policy, env.spec)
+    check_action_space(args.clone.policy, subject.env.spec)
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}"))
     with rich.progress.Progress(*columns) as progress:
         if args.demos is None:
             bar = progress.add_task("demonstrations", total=args.record_episodes, note="")
-            demos = record_mixture(
-                args.mixture, args.record_episodes, args.seed, on_progress=lambda n: progress.update(bar, completed=n)
-            )
+            demos = subject.record(lambda n: progress.update(bar, completed=n))
             if args.save_demos:
                 save(args.save_demos, demos)
         else:
@@ -125,11 +142,19 @@ def main(args: Args) -> None:
         while success.size < args.eval_episodes:
             num_envs = min(args.eval_envs, args.eval_episodes - success.size)
             key = jax.random.fold_in(key_eval, success.size)
-            success = np.append(success, base_success(env, args.clone.policy, params, key, num_envs))
+            success = np.append(success, base_success(subject.env, args.clone.policy, params, key, num_envs))
             progress.update(bar, completed=success.size, note=f"success {success.mean():.3f}")
-    card = model_card(args, demos, success, latest.get("heldout_loss", float("nan")), minutes)
+    card = model_card(args, subject, demos, success, latest.get("heldout_loss", float("nan")), minutes)
     save_policy(args.out, args.clone.policy, params, card)
     print(f"{args.out}: success {rate(success)}")
+
+
+def main(args: Args) -> None:
+    def record(on_progress: Callable[[int], None]) -> Demonstrations:
+        return record_mixture(args.mixture, args.record_episodes, args.seed, on_progress=on_progress)
+
+    about = "robot state and cube position (no images), for\ngym-aloha's AlohaTransferCube-v0"
+    make_base(args, Subject(about, args.mixture, AlohaMujoco(), record))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def measure(args: Args) -> tuple[dict[str, Any], np.ndarray]:
         "num_envs",
     }
     config = replace(TrainConfig(), **{name: getattr(args, name) for name in shared})
+    # The search gives each environment a latent of its own, so the two halves of a suite's cannot take turns.
+    config = replace(config, libero=replace(config.libero, overlap=False))
     system, params = build(config)
     base = FrozenBase(params)
     constant = best_constant_latent(system, base, args.seed + 1, args.search, args.num_envs)

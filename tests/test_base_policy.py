@@ -1,17 +1,22 @@
 """The base policy that is shipped does what its model card says, and training starts from exactly that."""
 
 import re
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fpo_jax.algorithms import fpo
-from fpo_jax.config import TrainConfig
+from fpo_jax.config import LIBERO_BUTTER, TrainConfig
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.fit import build
-from fpo_jax.policies import CHECKPOINTS
+from fpo_jax.policies import CHECKPOINTS, load_base
+from fpo_jax.policies.small import SmallPolicy
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.types import HostedEnv, Observation
+from libero_venv import installed
 
 EPISODES, BATCH = 256, 32
 BAND = (0.30, 0.45)  # success of a base that leaves something to learn and something to learn from
@@ -55,9 +60,38 @@ def test_a_fresh_agent_is_the_base_episode_by_episode(shipped):
     assert 0 < fresh.success.sum() < BATCH
 
 
-def test_the_weights_are_small():
-    size = sum(path.stat().st_size for path in (CHECKPOINTS / "aloha_transfer_cube").iterdir())
+@pytest.mark.parametrize("name", ["aloha_transfer_cube", "libero_butter"])
+def test_the_weights_are_small(name):
+    size = sum(path.stat().st_size for path in (CHECKPOINTS / name).iterdir())
     assert size < 8e6  # bytes
+
+
+def test_the_base_of_a_libero_task_is_found_by_its_environment():
+    policy, params = load_base(LIBERO_BUTTER.env)
+    assert policy == load_base("libero_butter")[0]
+    assert isinstance(policy, SmallPolicy) and policy.horizon == LIBERO_BUTTER.execute_steps
+    rate, _ = stated_success((CHECKPOINTS / "libero_butter" / "README.md").read_text())
+    assert 0.4 <= rate <= 0.6
+    scene = np.zeros((2, 224), np.float32)
+    scene[:, 28:31] = 0.03, 0.05, 0.445  # the butter
+    observation = Observation(
+        proprio=params["stats"]["proprio_mean"][None].repeat(2, 0), object_pose=jnp.asarray(scene)
+    )
+    _, context = policy.encode(params, observation)
+    chunk = policy.decode(params, context, jax.random.normal(jax.random.key(0), (2, policy.horizon, 7)))
+    assert np.isfinite(chunk).all() and np.abs(chunk).max() < 2
+
+
+@pytest.mark.libero
+def test_the_base_of_the_butter_task_sometimes_succeeds():
+    installed()
+    system, params = build(replace(LIBERO_BUTTER, num_envs=2))
+    try:
+        base = Evaluator(system, FrozenBase(params), 12, seed=1).play_base()
+    finally:
+        assert isinstance(system.env, HostedEnv)
+        system.env.close()
+    assert not base.invalid.any() and 0 < base.success.sum() < 12
 
 
 def test_a_card_is_read():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,12 @@ def test_statistics():
     assert stats["action_std"] == pytest.approx(1.0)
     assert stats["proprio_std"] == pytest.approx(0.01)  # the floor of a dimension that never moves
     assert stats["object_mean"].shape == (3,)
+
+
+def test_statistics_are_those_of_what_the_policy_sees():
+    poses = np.broadcast_to(np.arange(14.0, dtype=np.float32), (*bimodal().actions.shape[:2], 14))
+    stats = statistics(replace(POLICY, object_start=7), bimodal()._replace(object_pose=poses))
+    assert stats["object_mean"].tolist() == [7.0, 8.0, 9.0]
 
 
 def test_cloning_recovers_both_modes():

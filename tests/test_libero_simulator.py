@@ -156,6 +156,9 @@ def test_all_130_tasks_are_known(worker):
     }
     for task in (task for tasks in suites.values() for task in tasks):
         assert task["inits"] == 50 and task["language"] and re.fullmatch(r"[a-z ]+", task["prompt"]), task
+        assert task["objects"] and task["goal"].startswith("("), task
+    for suite, index in (("libero_90", 56), ("libero_object", 3), ("libero_goal", 3)):
+        assert suites[suite][index]["objects"] == worker.reset(suite, index, 0)["objects"]
 
 
 @pytest.mark.libero

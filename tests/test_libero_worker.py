@@ -37,6 +37,9 @@ def save_inits(path: Path, content: object) -> None:
         archive.writestr("archive/version", "3\n")
 
 
+OBJECTS, GOAL = ("milk_1", "milk_2", "tray_1"), "(In milk_1 tray_1_contain_region) (Close box_1)"
+
+
 @pytest.fixture
 def package(tmp_path):
     """A folder with hf-libero's files for a few tasks."""
@@ -47,7 +50,8 @@ def package(tmp_path):
         for kind in ("bddl_files", "init_files"):
             (root / kind / suite).mkdir(parents=True)
         for name in names:
-            bddl = f"(define (problem P)\n (:language Do   {name.lower()}\n it))"
+            bddl = f"(define (problem P)\n (:language Do   {name.lower()}\n it)\n (:objects\n milk_1 milk_2 - milk\n"
+            bddl += "  tray_1 - tray\n )\n (:goal\n (And (In milk_1\n tray_1_contain_region) (Close box_1))\n ))"
             libero_files.bddl_file(root, suite, name).write_text(bddl)
             save_inits(root / "init_files" / suite / f"{name}.pruned_init", np.zeros((3, 5)))
     return root
@@ -63,7 +67,8 @@ def test_tasks_are_read_without_libero(package):
     tasks = libero_files.tasks(package)
     assert {suite: [task.name for task in tasks[suite]] for suite in tasks} == NAMES
     task = tasks["libero_90"][0]
-    assert task == (NAMES["libero_90"][0], "close the top drawer", "Do kitchen_scene10_close_the_top_drawer it", 3)
+    sentence = "Do kitchen_scene10_close_the_top_drawer it"
+    assert task == (NAMES["libero_90"][0], "close the top drawer", sentence, 3, OBJECTS, GOAL)
     (package / "benchmark" / "libero_suite_task_map.py").write_text("something = {}")
     with pytest.raises(ValueError, match="libero_task_map"):
         libero_files.tasks(package)

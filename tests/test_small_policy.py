@@ -38,6 +38,13 @@ def test_encode_normalises():
     chex.assert_trees_all_equal(features, context)
 
 
+def test_encode_sees_the_object_that_it_is_told_to():
+    policy = dataclasses.replace(POLICY, object_start=7)
+    poses = jnp.array([[9.0] * 7 + [0.2, 0.4, 1.0, 1.0, 0.0, 0.0, 0.0]])
+    features, _ = policy.encode(make_params(), Observation(proprio=jnp.ones((1, 3)), object_pose=poses))
+    chex.assert_trees_all_close(features, jnp.array([[1.0, 1.0, 1.0, 1.0, -1.0, 0.5]]), atol=1e-6)
+
+
 def test_encode_needs_the_object():
     with pytest.raises(FpoError, match="needs the object's position"):
         POLICY.encode(make_params(), Observation(proprio=jnp.ones((1, 3))))

@@ -160,7 +160,7 @@ def heldout_loss(config: CloneConfig, data: CloneData, weights: Params, key: Key
 def statistics(policy: SmallPolicy, demos: Demonstrations) -> Params:
     """`params["stats"]`: mean and standard deviation of each dimension over all episodes and steps."""
     proprio, pose, action = (normalisation(demos)[name] for name in ("proprio", "object_pose", "actions"))
-    position = Normalisation(pose.mean[: policy.object_dim], pose.std[: policy.object_dim])
+    position = Normalisation(*(values[policy.seen_of_objects] for values in pose))
     columns = {"proprio": proprio, "object": position, "action": action}
     return {
         f"{name}_{part}": jnp.asarray(getattr(values, part))

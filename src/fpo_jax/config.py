@@ -296,8 +296,23 @@ class TrainConfig:
 
 _DEFAULT = TrainConfig()
 
+LIBERO_BUTTER = replace(
+    _DEFAULT,
+    preset="libero_butter",
+    env="libero_90/LIVING_ROOM_SCENE3_pick_up_the_butter_and_put_it_in_the_tray",
+    base="libero_butter",
+    iterations=20,
+    num_envs=16,
+    episode_length=100,
+    execute_steps=20,
+    rollout=replace(_DEFAULT.rollout, decisions=28),
+    evaluation=replace(_DEFAULT.evaluation, episodes=200, video=False),
+)
+"""The paper's ablation task from a small state-based base: its simulators are slow, its episodes short."""
+
 PRESETS: dict[str, TrainConfig] = {
     "default": _DEFAULT,
+    "libero_butter": LIBERO_BUTTER,
     # As literal as can run: z-scored ratio, plain clip, V from stored latents, plain Euler without the prior field
     # (an untrained field of 0 still samples N(0, I), but a trained one contracts), and reading B of Eq. (7). The paper
     # names no learning rate; at ours, 1e-3, its unguarded ratio diverges in three iterations.

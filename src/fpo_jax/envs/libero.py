@@ -96,10 +96,10 @@ def make_libero(
     if suite not in EPISODE_LENGTH:
         raise FpoError(f"LIBERO has no suite {suite!r}{suggestion(suite, EPISODE_LENGTH)}")
     length, chunk = episode_length or EPISODE_LENGTH[suite], execute_steps or EXECUTE_STEPS
-    pool = _start(suite, cameras, chunk, options)
+    pool = start_pool(suite, cameras, chunk, options)
     try:
         known = pool.ask({"op": "tasks"})["suites"][suite]
-        chosen = [_find_task(suite, wanted, [task["name"] for task in known])] if wanted else list(range(len(known)))
+        chosen = [find_task(suite, wanted, [task["name"] for task in known])] if wanted else list(range(len(known)))
         num_inits = min(known[index]["inits"] for index in chosen)
         train_inits = None if options.train_inits == "sampled" else parse_inits(options.train_inits, num_inits)
         test_inits = parse_inits(options.test_inits, num_inits)
@@ -168,7 +168,7 @@ def worker_command(options: LiberoOptions) -> tuple[tuple[str, ...], dict[str, A
     return libero_setup.worker_command(python), {"assets": str(assets)}
 
 
-def _start(suite: str, cameras: Sequence[Camera], max_chunk: int, options: LiberoOptions) -> WorkerPool:
+def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: LiberoOptions) -> WorkerPool:
     """The suite's pool with its first worker; where OpenGL's EGL takes it down, with OSMesa."""
     size, quality = _check_cameras(cameras)
     command, installed = worker_command(options)
@@ -210,7 +210,7 @@ def parse_inits(text: str, num_inits: int) -> tuple[int, int]:
     return first, last
 
 
-def _find_task(suite: str, wanted: str, names: Sequence[str]) -> int:
+def find_task(suite: str, wanted: str, names: Sequence[str]) -> int:
     if wanted in names:
         return names.index(wanted)
     if wanted.isdigit() and int(wanted) < len(names):

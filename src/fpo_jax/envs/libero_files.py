@@ -28,6 +28,8 @@ class Task(NamedTuple):
     prompt: str  # what openpi and OpenVLA were trained on
     language: str  # the sentence in its BDDL file, which is not always the same
     inits: int  # official initial states
+    objects: tuple[str, ...]  # those whose poses are observed, in their order
+    goal: str  # (predicate argument ...), as the BDDL file has it
 
 
 def prompt(name: str) -> str:
@@ -38,6 +40,18 @@ def prompt(name: str) -> str:
 def language(bddl: str) -> str:
     """The sentence in the text of a BDDL file, "" where it has none."""
     found = re.search(r"\(:language\s+([^)]*)\)", bddl)
+    return " ".join(found[1].split()) if found else ""
+
+
+def objects(bddl: str) -> tuple[str, ...]:
+    """The movable things in the text of a BDDL file, in the order in which LIBERO makes them."""
+    found = re.search(r"\(:objects\s+([^)]*)\)", bddl)
+    return tuple(re.sub(r"\s-\s+\S+", " ", found[1]).split()) if found else ()
+
+
+def goal(bddl: str) -> str:
+    """The predicates of the goal in the text of a BDDL file, "" where it has none."""
+    found = re.search(r"\(:goal\s+\(And\s+((?:\([^()]*\)\s*)+)\)", bddl, re.IGNORECASE)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -53,13 +67,12 @@ def task_names(root: Path) -> dict[str, list[str]]:
 
 def tasks(root: Path) -> dict[str, list[Task]]:
     """All tasks, by suite. Raises OSError and ValueError for files that are not LIBERO's."""
-    return {
-        suite: [
-            Task(name, prompt(name), language(bddl_file(root, suite, name).read_text()), len(inits(root, suite, name)))
-            for name in names
-        ]
-        for suite, names in task_names(root).items()
-    }
+
+    def task(suite: str, name: str) -> Task:
+        bddl = bddl_file(root, suite, name).read_text()
+        return Task(name, prompt(name), language(bddl), len(inits(root, suite, name)), objects(bddl), goal(bddl))
+
+    return {suite: [task(suite, name) for name in names] for suite, names in task_names(root).items()}
 
 
 def bddl_file(root: Path, suite: str, name: str) -> Path:

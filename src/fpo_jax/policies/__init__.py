@@ -13,6 +13,7 @@ from fpo_jax.types import BasePolicy, FpoError, Params, suggestion
 
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "checkpoints"  # of a source checkout (pip install -e)
 ANALYTIC = {"point_mass": PointMassPolicy}  # bases that need no file
+SHIPPED = {"libero_90/LIVING_ROOM_SCENE3_pick_up_the_butter_and_put_it_in_the_tray": "libero_butter"}  # env -> its base
 OPENPI_FILE = "openpi.json"  # in a folder of ours: an openpi configuration, with params/ and assets/ beside it
 
 
@@ -39,7 +40,7 @@ def open_base(
     that holds one; `checkpoint` (directory or bucket URL) and `options` are for openpi's. Raises FpoError.
     """
     root = Path(CHECKPOINTS if checkpoints_root is None else checkpoints_root)
-    name = str(name_or_dir)
+    name = SHIPPED.get(str(name_or_dir), str(name_or_dir))
     config = OPENPI_CONFIGS.get(name)
     if name.endswith(".json"):
         config = read_openpi_config(name)

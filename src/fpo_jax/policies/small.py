@@ -94,7 +94,8 @@ class SmallPolicy:
     horizon: int = 50  # h, control steps in a chunk
     action_dim: int = 14  # A = a
     proprio_dim: int = 14  # p
-    object_dim: int = 3  # leading entries of `object_pose` that are seen: the position [m]
+    object_dim: int = 3  # entries of `object_pose` that are seen: the position [m]
+    object_start: int = 0  # the first of them
     width: int = 512
     depth: int = 2  # residual blocks
     condition_width: int = 128
@@ -106,6 +107,11 @@ class SmallPolicy:
     def feature_dim(self) -> int:
         """Size of the features that `encode` returns."""
         return self.proprio_dim + self.object_dim
+
+    @property
+    def seen_of_objects(self) -> slice:
+        """The entries of `object_pose` that it sees."""
+        return slice(self.object_start, self.object_start + self.object_dim)
 
     @property
     def output_dim(self) -> int:
@@ -150,7 +156,7 @@ class SmallPolicy:
             )
         stats = {name: values[None] for name, values in params["stats"].items()}
         proprio = (observation.proprio - stats["proprio_mean"]) / stats["proprio_std"]
-        position = (observation.object_pose[:, : self.object_dim] - stats["object_mean"]) / stats["object_std"]
+        position = (observation.object_pose[:, self.seen_of_objects] - stats["object_mean"]) / stats["object_std"]
         features = jnp.concatenate([proprio, position], axis=-1)
         return features, features
 

@@ -1,0 +1,58 @@
+"""Clones a small state-based base for a pick-and-place task of LIBERO, measures it alone and writes its folder.
+
+python experiments/clone_libero.py --out checkpoints/libero_butter
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import tyro
+from clone import CloneArgs, Subject, make_base
+
+from fpo_jax.clone import CloneConfig
+from fpo_jax.config import LIBERO_BUTTER
+from fpo_jax.demos import Demonstrations
+from fpo_jax.envs import make_env
+from fpo_jax.envs.libero_expert import Mixture, record_mixture
+from fpo_jax.policies.small import SmallPolicy
+from fpo_jax.types import FpoError
+
+BUTTER = 4 * 7  # where the butter's pose begins among those of its scene
+DECISION = LIBERO_BUTTER.execute_steps or 0
+POLICY = SmallPolicy(
+    horizon=DECISION, action_dim=7, proprio_dim=8, object_start=BUTTER, spread=1.0, frequencies=4, width=384
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(CloneArgs):
+    env: str = LIBERO_BUTTER.env  # one task of LIBERO
+    mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
+    workers: int | None = None  # processes that record; by default one per CPU
+    record_steps: int = 105  # control steps of a demonstration
+    record_episodes: int = 600  # length of the recording
+    eval_episodes: int = 400
+    eval_envs: int = 20  # simulated side by side
+    clone: CloneConfig = dataclasses.field(
+        default_factory=lambda: CloneConfig(POLICY, steps=5000, decision_steps=DECISION)
+    )
+
+
+def main(args: Args) -> None:
+    def record(on_progress: Callable[[int], None]) -> Demonstrations:
+        return record_mixture(
+            args.env, args.mixture, args.record_episodes, args.seed, args.workers, args.record_steps, None, on_progress
+        )
+
+    about = f"robot state and the object's position (no images), for\nLIBERO's {args.env}"
+    env = make_env(args.env, episode_length=LIBERO_BUTTER.episode_length, execute_steps=args.clone.decision_steps)
+    make_base(args, Subject(about, args.mixture, env, record))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except FpoError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
