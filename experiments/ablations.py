@@ -67,6 +67,8 @@ def evaluate(args: Args, run_dir: Path) -> dict:
         newest = result["run"]["iteration"] == checkpoint.latest_step(run_dir)
         if newest and same_floors and result["tuned"]["episodes"] == args.episodes:
             return result
+        for episodes in run_dir.glob(f"{target.stem}.*.jsonl"):  # of the earlier settings
+            episodes.unlink()
     command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir)]
     command += ["--episodes", str(args.episodes), "--json", str(target)]
     command += ["--constant", str(args.constant)] if args.constant else []
