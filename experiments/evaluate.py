@@ -1,11 +1,18 @@
-"""Evaluate a run: its tuned policy against its base, on the same initial states and noise seeds.
+"""Evaluate a run, its tuned policy against its base on the same initial states and noise seeds; or a base alone.
 
-python experiments/evaluate.py --run-dir runs/aloha_transfer_cube-default-s0 --episodes 512 --json result.json
+    python experiments/evaluate.py --run-dir runs/aloha_transfer_cube-default-s0 --episodes 512 --json result.json
+
+    python experiments/evaluate.py --env libero_spatial --base pi05_libero --num-envs 8 --json spatial.json
+
+With --json, every finished episode is kept beside it (spatial.base.jsonl), and the same command goes on after them.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,44 +21,141 @@ import tyro
 from rich.console import Console
 
 from fpo_jax.algorithms import fixed
-from fpo_jax.evaluate import Evaluator, compare, report, versus
-from fpo_jax.fit import load_run
-from fpo_jax.types import FpoError
+from fpo_jax.config import LiberoOptions, OpenpiOptions, TrainConfig, differences
+from fpo_jax.evaluate import EpisodeLog, Evaluator, Outcomes, compare, report, summarize, versus
+from fpo_jax.fit import build, load_run, read_config, settled
+from fpo_jax.provenance import tree_crc32
+from fpo_jax.rollout import FrozenBase, System
+from fpo_jax.train import TrainState
+from fpo_jax.types import FpoError, Quality
+
+SYSTEM = ("env", "base", "physics", "episode_length", "execute_steps", "render", "openpi")  # a run has its own
+DEFAULT_EPISODES = 512
 
 
 @dataclass(frozen=True)
 class Args:
-    run_dir: Path
-    """The directory that train.py wrote."""
-    episodes: int = 512
-    """Episodes for each policy."""
+    run_dir: Path | None = None
+    """The directory that train.py wrote: base and tuned policy are played. Without it: the base alone, in --env."""
+    episodes: int | None = None
+    """Episodes for each policy; by default every test episode there is (LIBERO: 50 per task), else 512."""
     json: Path | None = None
-    """File to write the result to."""
-    base_checkpoint: str | None = None
-    """Where the weights of an openpi base lie now; by default where they lay when the run began."""
-    checkpoint: Literal["last", "best"] = "last"
-    """last: the newest checkpoint; best: the one with the best success during training."""
+    """File to write the result to, and the finished episodes beside it."""
+    agent: Literal["last", "best"] = "last"
+    """last: the run's newest checkpoint; best: the one with the best success during training."""
     seed: int = 2_000_003
     """Seed of the initial states and of the noise; apart from training's and from the evaluation at its end."""
     floors: bool = False
     """Also play zero noise and halved noise."""
     constant: Path | None = None
     """A steerability.json: also play the best constant latent that it found."""
+    num_envs: int | None = None
+    """Episodes that are played at a time; by default as many as the run has environments, else 64."""
+    checkpoint: str | None = None
+    """Where the weights of an openpi base lie; by default where they lay when the run began, else openpi's own."""
+    env: str | None = None
+    """Environment of a base without a run: aloha_transfer_cube, a LIBERO suite (libero_spatial), or a task of it."""
+    base: str | None = None
+    """Frozen base policy, as for train.py; by default the one shipped for the environment."""
+    physics: Literal["auto", "mujoco", "mjx", "warp", "jax"] = "auto"
+    """Simulator, as for train.py."""
+    episode_length: int | None = None
+    """Control steps per episode; by default the environment's."""
+    execute_steps: int | None = None
+    """Control steps executed per decision; by default the environment's."""
+    render: Quality | None = None
+    """Camera images, by default as the base was trained on."""
+    openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
+    libero: LiberoOptions = field(default_factory=LiberoOptions)
 
 
-def evaluate(args: Args) -> dict[str, Any]:
-    """The result as the JSON file holds it. Raises FpoError."""
-    if args.episodes < 1:
-        raise FpoError(f"--episodes must be at least 1, not {args.episodes}.")
-    shelf = "best" if args.checkpoint == "best" else "checkpoints"
-    config, system, base, state = load_run(args.run_dir, shelf, args.base_checkpoint)
-    evaluator = Evaluator(system, base, args.episodes, args.seed)
-    tuned = evaluator.play(state.agent)
-    result = compare(evaluator.play_base(), tuned, system.env.spec)
-    result["floors"] = {
-        name: versus(evaluator.play(agent, evaluator.fixed_system), tuned)
-        for name, agent in floors(args, system.dims.latent).items()
+def parse(arguments: list[str]) -> Args:
+    """The options; what belongs to a run is by default the run's own. Raises FpoError where there is no run."""
+    args = tyro.cli(Args, args=arguments, description=__doc__)
+    if args.run_dir is None:
+        return args
+    config = read_config(args.run_dir)
+    own = Args(**{name: getattr(config, name) for name in (*SYSTEM, "libero")})
+    return tyro.cli(Args, args=arguments, default=own, description=__doc__)
+
+
+def load(args: Args) -> tuple[TrainConfig, System, FrozenBase, TrainState | None]:
+    """(config, system, base, state) of the run; of a base alone there is no state. Raises FpoError."""
+    options = {name: getattr(args, name) for name in SYSTEM}
+    if args.run_dir:
+        saved = read_config(args.run_dir)
+        if changed := differences(saved, replace(saved, **options)):
+            raise FpoError(f"A run is evaluated as it was trained; changed here: {'; '.join(changed)}. Drop that.")
+        shelf = "best" if args.agent == "best" else "checkpoints"
+        return load_run(args.run_dir, shelf, args.checkpoint, args.libero)
+    if args.env is None:
+        raise FpoError("There is nothing to evaluate: give a run by --run-dir, or a base by --env and --base.")
+    if args.floors or args.constant or args.agent == "best":
+        raise FpoError("--floors, --constant and --agent best need a tuned policy: give its --run-dir.")
+    num_envs = TrainConfig().num_envs if args.num_envs is None else args.num_envs
+    config = TrainConfig(checkpoint=args.checkpoint, libero=args.libero, num_envs=num_envs)
+    config = settled(replace(config, **options))
+    system, params = build(config)
+    return config, system, FrozenBase(params), None
+
+
+def evaluate(args: Args, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The result as the JSON file holds it; `say` is told how far it is. Raises FpoError."""
+    for option in ("episodes", "num_envs"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise FpoError(f"--{option.replace('_', '-')} must be at least 1, not {value}.")
+    config, system, base, state = load(args)
+    episodes = args.episodes or system.env.spec.test_episodes or DEFAULT_EPISODES
+    evaluator = Evaluator(system, base, episodes, args.seed, args.num_envs)
+    policies = {"base": (evaluator.base_agent, evaluator.base_system)}
+    if state:
+        policies["tuned"] = (state.agent, system)
+    low = floors(args, system.dims.latent)
+    policies |= {name: (agent, evaluator.fixed_system) for name, agent in low.items()}
+    about = settings(args, config, evaluator)
+    with ExitStack() as stack:
+        logs = {}
+        if args.json:
+            for name, (agent, _) in policies.items():
+                of_policy = about | {"agent_crc32": tree_crc32(agent), "protocol": system.env.spec.protocol}
+                log = EpisodeLog(args.json.with_suffix(f".{name}.jsonl"), of_policy, say)
+                logs[name] = stack.enter_context(closing(log))
+        played = {name: evaluator.play(*policy, log=logs.get(name)) for name, policy in policies.items()}
+    return summary(system, played) | {"evaluation": about} | training(args, config, state)
+
+
+def summary(system: System, played: dict[str, Outcomes]) -> dict[str, Any]:
+    """What the policies achieved, each beside the tuned one where there is one."""
+    if "tuned" not in played:
+        return summarize(played, system.env.spec)
+    base, tuned = played["base"], played["tuned"]
+    beside = {name: versus(outcomes, tuned) for name, outcomes in played.items() if name not in ("base", "tuned")}
+    return compare(base, tuned, system.env.spec) | {"floors": beside}
+
+
+def settings(args: Args, config: TrainConfig, evaluator: Evaluator) -> dict[str, Any]:
+    """All that the episodes depend on besides the agent and the environment's protocol."""
+    spec = evaluator.system.env.spec
+    return {
+        "env": config.env,
+        "base": config.base or config.env,
+        "base_crc32": tree_crc32(evaluator.base.params),
+        "seed": args.seed,
+        "episodes": evaluator.episodes,
+        "num_envs": evaluator.batch,
+        "physics": config.physics,
+        "episode_length": spec.episode_length,
+        "execute_steps": spec.execute_steps,
+        "render": config.render,
+        "latent": asdict(config.latent),
+        "openpi": asdict(config.openpi),
     }
+
+
+def training(args: Args, config: TrainConfig, state: TrainState | None) -> dict[str, Any]:
+    """Which run the tuned policy is of; {} where there is none."""
+    if state is None:
+        return {}
     about = {
         "env": config.env,
         "preset": config.preset,
@@ -59,9 +163,9 @@ def evaluate(args: Args) -> dict[str, Any]:
         "evaluation_seed": args.seed,
         "iteration": int(state.iteration),
         "training_episodes": int(state.episodes),
-        "checkpoint": args.checkpoint,
+        "agent": args.agent,
     }
-    return result | {"run": about}
+    return {"run": about}
 
 
 def floors(args: Args, dim: int) -> dict[str, fixed.FixedLatent]:
@@ -87,16 +191,19 @@ def floors(args: Args, dim: int) -> dict[str, fixed.FixedLatent]:
 
 
 def main(arguments: list[str]) -> int:
-    args = tyro.cli(Args, args=arguments, description=__doc__)
+    say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True)
     try:
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = evaluate(args)
-        Console().print(report(result), markup=False, highlight=False, soft_wrap=True)
+        args = parse(arguments)
+        result = evaluate(args, say)
+        say(report(result))
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
+    except KeyboardInterrupt:
+        errors.print("Interrupted; with --json, the same command goes on after the episodes that are finished.")
+        return 130
     except (FpoError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
 

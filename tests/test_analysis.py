@@ -37,6 +37,48 @@ def test_learning_curve_of_a_run_without_episodes(tmp_path):
         analysis.learning_curve_png(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
 
 
+def test_moving_mean_pools_episodes_and_not_iterations():
+    mean = analysis.moving_mean(np.array([10.0, 40.0, 50.0]), np.array([4.0, 8.0, 0.0]), window=2)
+    np.testing.assert_allclose(mean, [4.0, (10 * 4 + 30 * 8) / 40, 30 * 8 / 40])
+
+
+def curves(scale: float, iterations: int = 20) -> analysis.Curves:
+    episodes = 10.0 * np.arange(1, iterations + 1)
+    values = {"success_rate": np.clip(scale * episodes / 200, 0, 1), "return": episodes, "episode_length": -episodes}
+    return analysis.Curves(episodes, values)
+
+
+def test_training_curves_say_what_they_show(tmp_path):
+    base = {"success_rate": 0.25, "episode_length": 300.0}
+    one = analysis.training_curves([curves(1.0)], tmp_path / "one.svg", base=base, title="a task").read_text()
+    for words in ("a task", "last 5 iterations (about 50 episodes); 200 episodes", "Wilson", "base policy (0.25)"):
+        assert words in one
+    assert "base policy (300)" in one and one.count("base policy") < 4  # the return's is not known
+    two = analysis.training_curves([curves(1.0), curves(0.5, 15)], tmp_path / "two.svg").read_text()
+    assert "mean of 2 seeds" in two and "200 / 150 episodes" in two and "base policy" not in two
+
+
+def test_a_figure_has_a_format_that_is_known(tmp_path):
+    with pytest.raises(FpoError, match=r"end in \.png, \.svg or \.pdf"):
+        analysis.training_curves([curves(1.0)], tmp_path / "curves.jpeg")
+
+
+def test_film_strip(tmp_path):
+    frames = np.zeros((3, 20, 30, 3), np.uint8)
+    rows = [analysis.FilmRow("base", frames, [0, 5, 9], False), analysis.FilmRow("tuned", frames, [0, 3, 6], True)]
+    text = analysis.film_strip(rows, tmp_path / "film.svg", title="state 7").read_text()
+    for words in ("state 7", "base", "tuned", "step 5", "step 9: failure", "step 6: success"):
+        assert words in text
+    assert text.count("<image") == 6
+
+
+def test_timeline(tmp_path):
+    spans = [analysis.Span("policy", "one half", 0.0, 1.0), analysis.Span("simulator 0", "the other", 0.5, 3.0)]
+    text = analysis.timeline({"with": spans, "without": spans}, tmp_path / "timeline.svg", title="who").read_text()
+    for words in ("who", "with", "without", "policy", "simulator 0", "seconds", "one half", "the other"):
+        assert words in text
+
+
 def test_steerability_figure(tmp_path):
     rates = {"base": wilson_interval(40, 100), "zero noise": wilson_interval(0, 100), "best": wilson_interval(100, 100)}
     path = analysis.steerability_png(rates, np.linspace(0, 1, 50), tmp_path / "steerability.png")

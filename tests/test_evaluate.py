@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import jax
@@ -9,10 +10,22 @@ import pytest
 
 from fpo_jax.algorithms import fixed, fpo
 from fpo_jax.config import RolloutConfig, TrainConfig
-from fpo_jax.evaluate import Evaluator, Outcomes, compare, paired_difference, report, success_summary, versus
+from fpo_jax.evaluate import (
+    EpisodeLog,
+    Evaluator,
+    Outcomes,
+    compare,
+    competition_rank,
+    paired_difference,
+    report,
+    success_summary,
+    summarize,
+    versus,
+)
 from fpo_jax.fit import build
 from fpo_jax.metrics import paired_difference_interval, wilson_interval
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.types import EnvSpec, FpoError
 from tiny import TINY, init_fpo, jit, make_system, perturbed, scripted_system
 
 
@@ -99,6 +112,88 @@ def test_a_batch_is_never_larger_than_the_episodes():
     assert evaluator.num_batches == 1 and len(evaluator.play_base().success) == 3
 
 
+# --- going on
+
+
+ABOUT = {"env": "point_mass", "seed": 5, "iteration": 3, "protocol": {"cameras": ["image"], "opengl": None}}
+
+
+@contextmanager
+def episode_log(path, about=ABOUT, say=None):
+    with closing(EpisodeLog(path, about, say)) as log:
+        yield log
+
+
+def count_batches(monkeypatch, stop_before: int | None = None) -> list[int]:
+    """Grows with every batch that is played; Ctrl-C comes before the batch of this number."""
+    played, play_from = [], Evaluator.play_from
+
+    def spy(self, *args):
+        if len(played) == stop_before:
+            raise KeyboardInterrupt
+        played.append(len(played))
+        return play_from(self, *args)
+
+    monkeypatch.setattr(Evaluator, "play_from", spy)
+    return played
+
+
+def test_an_evaluation_goes_on_where_it_was_interrupted(point_mass, tmp_path, monkeypatch):
+    evaluator, _ = point_mass
+    whole, path, said = evaluator.play_base(), tmp_path / "base.jsonl", []
+    policy = evaluator.base_agent, evaluator.base_system
+    with monkeypatch.context() as patch:
+        assert count_batches(patch, stop_before=2) == []
+        with episode_log(path, say=said.append) as log, pytest.raises(KeyboardInterrupt):
+            evaluator.play(*policy, log=log)
+    assert [json.loads(line)["episode"] for line in path.read_text().splitlines()[1:]] == list(range(8))
+    assert said[-1] == f"base: 8 episodes so far, {whole.success[:8].sum()} successes"
+    text = path.read_text()
+    path.write_text(text[: text.rindex(":")])  # a line cut short: its batch is played again
+    played = count_batches(monkeypatch)
+    with episode_log(path) as log:
+        assert_same_episodes(whole, evaluator.play(*policy, log=log))
+    assert len(played) == 2
+    with episode_log(path) as log:
+        assert_same_episodes(whole, evaluator.play(*policy, log=log))
+    assert len(played) == 2
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"evaluation": ABOUT} and sorted(line["episode"] for line in lines[1:]) == list(range(10))
+
+
+def test_episodes_of_another_evaluation_are_refused(tmp_path):
+    path = tmp_path / "tuned.jsonl"
+    with episode_log(path):
+        pass
+    for about, change in (
+        (ABOUT | {"iteration": 4}, "iteration: 3 -> 4"),
+        (ABOUT | {"seed": 6}, "seed: 5 -> 6"),
+        (ABOUT | {"protocol": {"cameras": ["image"], "opengl": "egl"}}, "protocol.opengl: None -> egl"),
+        (ABOUT | {"protocol": {"cameras": ["image", "wrist"], "opengl": None}}, "protocol.cameras.1: None -> wrist"),
+    ):
+        with pytest.raises(FpoError) as refused:
+            EpisodeLog(path, about)
+        assert f"of another evaluation ({change}): choose another --json" in str(refused.value)
+    path.write_text('{"iteration": 1}\n')
+    with pytest.raises(FpoError, match="holds no episodes"):
+        EpisodeLog(path, ABOUT)
+
+
+def test_a_log_keeps_what_broke_and_every_bit(tmp_path):
+    given = outcomes([1, 0, 0], invalid=[0, 0, 1], control_steps=[3, 9, 2])._replace(
+        ret=np.float32([0.1, 1 / 3, 0]), env_id=np.array([2, 0, 1])
+    )
+    path = tmp_path / "base.jsonl"
+    with episode_log(path) as log:
+        assert log.read(range(3)) is None
+        log.write(range(3), given)
+    with episode_log(path) as log:
+        found = log.read(range(3))
+        assert found is not None and log.read(range(4)) is None
+    assert_same_episodes(given, found)
+    assert [column.dtype for column in found] == [bool, np.int32, np.float32, bool, np.int32]
+
+
 # --- outcomes
 
 
@@ -153,6 +248,38 @@ def test_the_result_as_json():
     assert (result["base"]["success_rate"], result["tuned"]["success_rate"]) == (0.25, 0.75)
     assert result["difference"]["success_rate"] == 0.5
     assert result["difference"]["low"] < 0.5 < result["difference"]["high"]
+
+
+SUITE = EnvSpec("suite", 7, 8, 0, 8, 2, 20.0, tasks=("open", "close", "lift"), test_episodes=6)
+
+
+def test_tasks_of_a_suite_are_counted_apart():
+    """And one task that was not played is not there."""
+    played = outcomes([1, 0, 0, 0, 1, 1], invalid=[0, 0, 0, 1, 0, 0])._replace(env_id=np.array([0, 2, 0, 2, 0, 2]))
+    summary = summarize({"base": played}, SUITE)["base"]
+    assert (summary["success_rate"], summary["episodes"], summary["invalid_episodes"]) == (3 / 5, 5, 1)
+    assert summary["tasks"].keys() == {"open", "lift"}
+    lift = summary["tasks"]["lift"]
+    assert (lift["success_rate"], lift["low"], lift["high"]) == tuple(wilson_interval(1, 2))
+    assert (lift["episodes"], lift["invalid_episodes"]) == (2, 1)
+    text = report({"base": summary})
+    assert re.search(r"^lift: base 0.500 \[0.\d+, 0.\d+\] of 2$", text, re.MULTILINE)
+    assert "over 5 episodes (1 invalid, not counted), 8 steps each" in text
+
+
+def test_fewer_episodes_than_the_protocol_has_are_a_deviation():
+    official = {"versions": {}, "deviations": {"seeds": "episode instead of openpi"}}
+    spec = SUITE._replace(protocol=official)
+    assert summarize({"base": outcomes([1] * 6)}, spec)["protocol"] == official
+    part = summarize({"base": outcomes([1] * 3)}, spec)
+    assert part["protocol"]["deviations"] == official["deviations"] | {"episodes": "3 instead of 6"}
+    assert "seeds: episode instead of openpi; episodes: 3 instead of 6" in report(part)
+    assert len(official["deviations"]) == 1
+
+
+def test_ties_share_the_best_rank():
+    np.testing.assert_array_equal(competition_rank(np.array([0.2, 0.9, 0.5, 0.5])), [4, 1, 2, 2])
+    np.testing.assert_array_equal(competition_rank(np.array([0.5, 0.5])), [1, 1])
 
 
 def test_a_floor_is_compared_with_the_tuned_policy():

@@ -75,8 +75,8 @@ def test_the_base_may_move(run_dir, base, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate_script.main(["--run-dir", str(tmp_path / "run"), "--episodes", "2"]) == 2
     assert "There is no checkpoint at" in capsys.readouterr().err
-    found = evaluate_script.Args(run_dir=tmp_path / "run", episodes=2, base_checkpoint=str(new))
-    assert evaluate_script.evaluate(found)["tuned"]["episodes"] == 2
+    found = ["--run-dir", str(tmp_path / "run"), "--episodes", "2", "--checkpoint", str(new)]
+    assert evaluate_script.evaluate(evaluate_script.parse(found))["tuned"]["episodes"] == 2
     write_checkpoint(wrong, seed=1)
     resume = [*arguments, "--iterations", "2", "--resume", "--evaluation.episodes", "0", "--checkpoint"]
     assert train_script.main([*resume, str(wrong)]) == 2
@@ -85,7 +85,7 @@ def test_the_base_may_move(run_dir, base, tmp_path, capsys):
 
 
 def test_a_finished_run_is_evaluated_again(run_dir, tmp_path, capsys):
-    args = evaluate_script.Args(run_dir=run_dir, episodes=4, seed=7)
+    args = evaluate_script.parse(["--run-dir", str(run_dir), "--episodes", "4", "--seed", "7"])
     result = evaluate_script.evaluate(args)
     assert result["base"]["episodes"] == result["tuned"]["episodes"] == 4
     assert result["base"]["episode_length"] == 20  # these weights are random: nobody succeeds

@@ -49,8 +49,8 @@ def fake_libero(
 
 
 def pool_of(env: HostEnv) -> WorkerPool:
-    assert isinstance(env._vector, WorkerPool)
-    return env._vector
+    assert isinstance(env.vector, WorkerPool)
+    return env.vector
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

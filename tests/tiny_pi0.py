@@ -38,10 +38,17 @@ STATS = {
 }
 
 
+LIBERO = replace(OPENPI_CONFIGS["pi0_libero"], model=MODEL, asset_id="panda", delta_actions=False, checkpoint="")
+LIBERO_STATS = {
+    "state": NormStats(np.zeros(8, np.float32), np.ones(8, np.float32)),
+    "actions": NormStats(np.zeros(7, np.float32), np.full(7, 0.5, np.float32)),
+}
+
+
 def write_checkpoint(folder: Path, config: OpenpiConfig = ALOHA, seed: int = 0) -> Path:
     """A checkpoint folder as `load_base` takes it: openpi's layout, the configuration, a tokenizer."""
     params = jax.jit(init, static_argnums=0)(config.model, jax.random.key(seed))
-    save_params(folder, params, STATS, config.asset_id)
+    save_params(folder, params, LIBERO_STATS if config.robot == "libero" else STATS, config.asset_id)
     write_openpi_config(folder / OPENPI_FILE, config)
     train_tiny_tokenizer(folder / TOKENIZER_FILE, ["Transfer cube", "Task: State: 0 1 2 3; Action:"])
     return folder

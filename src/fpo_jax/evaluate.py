@@ -1,7 +1,11 @@
 """Paired evaluation: base and tuned policy on the same initial states and the same noise seeds."""
 
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fpo_jax import parallel
 from fpo_jax.algorithms import fixed
-from fpo_jax.metrics import Interval, paired_difference_interval, wilson_interval
+from fpo_jax.metrics import Interval, JsonlWriter, paired_difference_interval, read_jsonl, wilson_interval
 from fpo_jax.rollout import FrozenBase, System, base_system, rollout, start
 from fpo_jax.types import EnvSpec, FpoError, HostedEnv
 
@@ -24,6 +28,69 @@ class Outcomes(NamedTuple):
     ret: Float[np.ndarray, " E"]  # Σ γ^t r_t
     invalid: Bool[np.ndarray, " E"]  # the simulation broke: neither success nor failure
     env_id: Int[np.ndarray, " E"] | None = None  # which task of a suite
+
+
+_DTYPES = (bool, np.int32, np.float32, bool, np.int32)  # of the fields of `Outcomes`
+
+
+class EpisodeLog:
+    """The finished episodes of one policy in a JSONL file, so that a repeated evaluation goes on after them.
+
+    The first line is what was evaluated (`about`), every other one an episode. Raises FpoError where the file is of
+    another evaluation. `say`: told how far it is.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], say: Callable[[str], None] | None = None):
+        about = json.loads(json.dumps(about))
+        records = read_jsonl(path) if path.exists() else []
+        if records:
+            _check_same(path, records[0].get("evaluation"), about)
+        self.name, self._say = path.stem, say
+        self._episodes = {record["episode"]: record for record in records[1:]}
+        self._writer = JsonlWriter(path, resumed_iteration=math.inf)  # a line that was cut short goes
+        if not records:
+            self._writer.write({"evaluation": about})
+
+    def read(self, numbers: range) -> Outcomes | None:
+        """The outcomes of these episodes, None where one is missing."""
+        if any(number not in self._episodes for number in numbers):
+            return None
+        rows = [self._episodes[number] for number in numbers]
+        columns = zip(Outcomes._fields, _DTYPES, strict=True)
+        return Outcomes(*(np.array([row[name] for row in rows], kind) for name, kind in columns))
+
+    def write(self, numbers: range, outcomes: Outcomes) -> None:
+        """Add the outcomes of these episodes, which come first; they are on disk when this returns."""
+        for number, *values in zip(numbers, *map(np.asarray, outcomes), strict=False):
+            if number not in self._episodes:
+                record = {"episode": number} | dict(zip(Outcomes._fields, values, strict=True))
+                self._writer.write(record)
+                self._episodes[number] = record
+        if self._say:
+            successes = sum(bool(record["success"]) for record in self._episodes.values())
+            self._say(f"{self.name}: {len(self._episodes)} episodes so far, {successes} successes")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _check_same(path: Path, before: Any, now: Any) -> None:
+    """Raises FpoError naming what changed between two evaluations."""
+
+    def flat(about: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(about, is_leaf=lambda leaf: leaf is None)
+        return {jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves}
+
+    if not isinstance(before, dict):
+        raise FpoError(f"{path} holds no episodes of an evaluation: choose another --json.")
+    old, new = flat(before), flat(now)
+    changed = [name for name in old | new if old.get(name) != new.get(name)]
+    if changed:
+        named = "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed)
+        raise FpoError(
+            f"{path} holds episodes of another evaluation ({named}): choose another --json, or remove that file to "
+            "begin anew."
+        )
 
 
 def _play(
@@ -68,17 +135,26 @@ class Evaluator:
         self._numbers = numbers if system.env.spec.test_episodes else [None] * self.num_batches
         self._compiled = {}
 
-    def play(self, agent: PyTree, system: System | None = None, noise_seed: int = 0) -> Outcomes:
+    def play(
+        self, agent: PyTree, system: System | None = None, noise_seed: int = 0, log: EpisodeLog | None = None
+    ) -> Outcomes:
         """All episodes with this agent; another `noise_seed` draws other noise for the same initial states.
 
-        `system`: the evaluator's own, or a variant of it (`fixed_system`, `base_system`).
+        `system`: the evaluator's own, or a variant of it (`fixed_system`, `base_system`). Batches that `log` holds are
+        not played again.
         """
-        batches = []
-        for env_keys, noise_key, numbers in zip(self._env_keys, self._noise_keys, self._numbers, strict=True):
-            noise_key = jax.random.fold_in(noise_key, noise_seed)
-            batches.append(self.play_from(agent, env_keys, noise_key, system, numbers))
-        columns = zip(*batches, strict=True)
-        return Outcomes(*(np.concatenate(column)[: self.episodes] for column in columns))
+        played = []
+        begun = zip(self._env_keys, self._noise_keys, self._numbers, strict=True)
+        for index, (env_keys, noise_key, numbers) in enumerate(begun):
+            wanted = range(index * self.batch, min((index + 1) * self.batch, self.episodes))
+            outcomes = log.read(wanted) if log else None
+            if outcomes is None:
+                noise_key = jax.random.fold_in(noise_key, noise_seed)
+                outcomes = self.play_from(agent, env_keys, noise_key, system, numbers)
+                if log:
+                    log.write(wanted, outcomes)
+            played.append(outcomes)
+        return Outcomes(*(np.concatenate(column)[: self.episodes] for column in zip(*played, strict=True)))
 
     def play_from(
         self,
@@ -165,12 +241,26 @@ def task_summaries(outcomes: Outcomes, tasks: tuple[str, ...]) -> dict[str, Any]
     return {"tasks": {name: success_summary(part) for name, part in parts.items()}}
 
 
+def summarize(played: Mapping[str, Outcomes], spec: EnvSpec | None = None) -> dict[str, Any]:
+    """`success_summary` of each policy; with `spec` also of each task, and the protocol with its deviations."""
+    tasks = () if spec is None else spec.tasks
+    result: dict[str, Any] = {name: success_summary(o) | task_summaries(o, tasks) for name, o in played.items()}
+    if spec is None or spec.protocol is None:
+        return result
+    deviations = dict(spec.protocol.get("deviations", {}))
+    for num in {len(outcomes.success) for outcomes in played.values()} - {spec.test_episodes}:
+        deviations["episodes"] = f"{num} instead of {spec.test_episodes}"
+    return result | {"protocol": spec.protocol | {"deviations": deviations}}
+
+
 def compare(base: Outcomes, tuned: Outcomes, spec: EnvSpec | None = None) -> dict[str, Any]:
     """`base`, `tuned` and `difference`, as `experiments/evaluate.py` writes them; `spec`: tasks and protocol too."""
-    tasks = () if spec is None else spec.tasks
-    result = {name: success_summary(o) | task_summaries(o, tasks) for name, o in {"base": base, "tuned": tuned}.items()}
-    protocol = {} if spec is None or spec.protocol is None else {"protocol": spec.protocol}
-    return result | {"difference": _difference(base, tuned)} | protocol
+    return summarize({"base": base, "tuned": tuned}, spec) | {"difference": _difference(base, tuned)}
+
+
+def competition_rank(success: Float[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+    """Ranks from 1, the best; ties share the best rank, and the ranks after them are left out (1, 2, 2, 4)."""
+    return 1 + np.sum(success[None, :] > success[:, None], axis=1)
 
 
 def versus(floor: Outcomes, tuned: Outcomes) -> dict[str, Any]:
@@ -178,18 +268,28 @@ def versus(floor: Outcomes, tuned: Outcomes) -> dict[str, Any]:
     return success_summary(floor) | {"tuned_above": _difference(floor, tuned)}
 
 
-def report(result: dict[str, Any]) -> str:
-    """The result of `compare`, in words; floors too where there are any."""
-    lines = []
+def report(result: Mapping[str, Any]) -> str:
+    """The result of `summarize` or `compare`, in words; floors too where there are any."""
     floors = result.get("floors", {})
-    for name, r in {"base": result["base"], "tuned": result["tuned"], **floors}.items():
-        interval = f"{r['success_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-        lines.append(
-            f"{name:>15}: success {interval} over {r['episodes']} episodes, {r['episode_length']:.0f} steps each"
-        )
-    differences = {"base": result["difference"]} | {name: floor["tuned_above"] for name, floor in floors.items()}
-    for name, d in differences.items():
+    policies = {name: result[name] for name in ("base", "tuned") if name in result}
+    lines = []
+    for task in policies["base"].get("tasks", {}):
+        rates = [f"{name} {_rate(r['tasks'][task])} of {r['tasks'][task]['episodes']}" for name, r in policies.items()]
+        lines.append(f"{task}: {', '.join(rates)}")
+    for name, r in {**policies, **floors}.items():
+        invalid = f" ({r['invalid_episodes']} invalid, not counted)" if r["invalid_episodes"] else ""
+        episodes = f"{r['episodes']} episodes{invalid}, {r['episode_length']:.0f} steps each"
+        lines.append(f"{name:>15}: success {_rate(r)} over {episodes}")
+    differences = {"base": result["difference"]} if "difference" in result else {}
+    for name, d in (differences | {name: floor["tuned_above"] for name, floor in floors.items()}).items():
         lines.append(
             f"tuned - {name:>7}: {d['success_rate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}] ({d['interval']})"
         )
+    if deviations := result.get("protocol", {}).get("deviations"):
+        named = "; ".join(f"{name}: {difference}" for name, difference in deviations.items())
+        lines.append(f"Not as the official protocol has it: {named}")
     return "\n".join(lines)
+
+
+def _rate(summary: Mapping[str, Any]) -> str:
+    return f"{summary['success_rate']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}]"

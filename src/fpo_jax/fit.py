@@ -20,7 +20,16 @@ from jaxtyping import PyTree
 
 from fpo_jax import analysis, checkpoint, parallel, train
 from fpo_jax.algorithms import fpo, sac
-from fpo_jax.config import ParallelOptions, PopulationOptions, TrainConfig, check, differences, from_dict, to_dict
+from fpo_jax.config import (
+    LiberoOptions,
+    ParallelOptions,
+    PopulationOptions,
+    TrainConfig,
+    check,
+    differences,
+    from_dict,
+    to_dict,
+)
 from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.evaluate import Evaluator, Outcomes, compare
 from fpo_jax.health import COLLAPSE_WINDOW, failure
@@ -82,15 +91,19 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def load_run(
-    run_dir: Path, shelf: checkpoint.Shelf = "checkpoints", base_checkpoint: str | None = None
+    run_dir: Path,
+    shelf: checkpoint.Shelf = "checkpoints",
+    base_checkpoint: str | None = None,
+    libero: LiberoOptions | None = None,
 ) -> tuple[TrainConfig, System, FrozenBase, TrainState]:
     """(config, system, base, state) of a run at its newest whole checkpoint on `shelf`.
 
-    `base_checkpoint`: where the weights of an openpi base lie now, if not where they did when the run began.
-    Raises FpoError where the directory holds no run or no whole checkpoint, or the base is another one.
+    `base_checkpoint`: where the weights of an openpi base lie now, if not where they did when the run began; `libero`:
+    other options than the run had. Raises FpoError where the directory holds no run or no whole checkpoint, or the base
+    is another one.
     """
     config = read_config(run_dir)
-    config = replace(config, checkpoint=base_checkpoint or config.checkpoint)
+    config = replace(config, checkpoint=base_checkpoint or config.checkpoint, libero=libero or config.libero)
     step = checkpoint.latest_step(run_dir, shelf)
     if step is None:
         raise FpoError(

@@ -121,7 +121,7 @@ class JsonlWriter:
     Raises FpoError where a new run (`resumed_iteration=None`) would write into the file of another.
     """
 
-    def __init__(self, path: str | Path, *, resumed_iteration: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, resumed_iteration: int | float | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resumed_iteration is None:

@@ -117,7 +117,7 @@ class HostEnv:
         overlap: bool = True,
     ):
         self.spec, self.overlap = spec, overlap
-        self._vector, self._sampler, self._cameras = vector, sampler, cameras
+        self.vector, self._sampler, self._cameras = vector, sampler, cameras
         self._slots: dict[int, _Slot] = {}
         # From a random start: a ticket that was saved by another process means nothing to this one.
         self._tickets = itertools.count(int.from_bytes(os.urandom(4), "little"))
@@ -135,9 +135,12 @@ class HostEnv:
 
     def reset_test(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> EnvState:
         """The test episodes of these numbers (0.. in the benchmark's order); nothing follows where one is over."""
-        keys, draws = split_keys(keys)
         tally = jnp.zeros((len(keys), max(len(self.spec.tasks), 1), 2))
-        return self._begin(self._sampler.test(numbers, draws), keys, tally, once=True)
+        return self._begin(self.test_episodes(numbers, keys), split_keys(keys)[0], tally, once=True)
+
+    def test_episodes(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> Episode:
+        """Which episodes `reset_test` begins."""
+        return self._sampler.test(numbers, split_keys(keys)[1])
 
     def step(self, state: EnvState, chunk: Float[Array, "N h a"]) -> EnvState:
         """Execute the first actions of each chunk; environments that are done start a new episode instead."""
@@ -187,15 +190,15 @@ class HostEnv:
 
     def problem(self) -> str | None:
         """Why no episode can begin any more, in one sentence; a run must stop then."""
-        return self._vector.problem()
+        return self.vector.problem()
 
     def report(self) -> dict[str, float]:
         """Metrics of the simulators since they were started."""
-        return self._vector.report()
+        return self.vector.report()
 
     def close(self) -> None:
         """End the simulators."""
-        self._vector.close()
+        self.vector.close()
 
     def _begin(self, episode: Episode, keys, tally, once: bool) -> EnvState:
         num_envs = len(keys)
@@ -254,16 +257,16 @@ class HostEnv:
         this = self._slots[slot] = _Slot(next(self._tickets) % 2**32)
         try:
             if reset:
-                this.idle = park or self._vector.problem() is not None
+                this.idle = park or self.vector.problem() is not None
                 if not this.idle:
                     this.episode = episode
-                    self._vector.submit_reset(slot, episode)
+                    self.vector.submit_reset(slot, episode)
             elif not is_newest:
                 this.failed = "lost: the simulators that played this episode are gone"
             elif not np.isfinite(actions).all():
                 this.failed = "action: it is not finite"
             else:
-                self._vector.submit_step(slot, actions[: max(steps_left, 0)])
+                self.vector.submit_step(slot, actions[: max(steps_left, 0)])
             this.waiting = not (this.idle or this.failed)
         except Exception as error:  # whatever went wrong is this environment's fault alone
             this.failed = f"host: {type(error).__name__}"
@@ -297,17 +300,17 @@ class HostEnv:
             return Outcome(this.failed)
         this.waiting = False
         try:
-            return self._vector.collect(slot)
+            return self.vector.collect(slot)
         except Exception as error:
             return Outcome(f"host: {type(error).__name__}")
 
     def _begin_again(self, slot: int) -> bool:
         """Submit the reset that failed once more; False where it was none or nothing can begin any more."""
         this = self._slots.get(slot)
-        if this is None or this.episode is None or self._vector.problem() is not None:
+        if this is None or this.episode is None or self.vector.problem() is not None:
             return False
         try:
-            self._vector.submit_reset(slot, this.episode)
+            self.vector.submit_reset(slot, this.episode)
         except Exception:
             return False
         this.waiting = True

@@ -9,11 +9,13 @@ steps.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from fpo_jax.config import LiberoOptions
 from fpo_jax.envs import wire
@@ -31,6 +33,7 @@ EPISODE_LENGTH = {  # control steps until truncation, the wait steps not counted
 EXECUTE_STEPS = 5
 WAIT_STEPS = 10
 RENDER_SIZE = 256  # [pixels]
+PICTURE_SIZE = 320  # [pixels] of pictures for people
 CAMERAS = ("image", "wrist_image")
 CONTROL_HZ = 20.0
 OPENPI_SEED = 7
@@ -189,12 +192,46 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
     )
+    return _start_pool(settings)
+
+
+def _start_pool(settings: WorkerSettings) -> WorkerPool:
     try:
         return WorkerPool(settings)
     except FpoError:
-        if not cameras or os.environ.get("MUJOCO_GL"):
+        if not settings.hello["cameras"] or os.environ.get("MUJOCO_GL"):
             raise
         return WorkerPool(replace(settings, environment={"MUJOCO_GL": "osmesa"}))
+
+
+def picture_episode(
+    env: HostEnv, number: Int[Array, ""], key: Key[Array, ""], actions: Float[np.ndarray, "t 7"], steps: Sequence[int]
+) -> UInt8[np.ndarray, "k y x 3"]:
+    """A test episode played again, as people see it: a picture after each of `steps`, which rise from 0 to at most t.
+
+    A worker of its own simulates and draws, so `env` needs no cameras. Raises FpoError where the replay breaks.
+    """
+    assert isinstance(env.vector, WorkerPool)
+    settings, seen = env.vector.settings, {"cameras": CAMERAS[:1], "quality": "official", "max_chunk": len(actions)}
+    sizes = dict.fromkeys(("image_size", "render_size"), PICTURE_SIZE)
+    pool = _start_pool(replace(settings, hello={**settings.hello, **seen, **sizes}))
+    columns = env.test_episodes(number[None], key[None])
+    try:
+        pool.submit_reset(0, Episode(*(column.item() for column in columns)))
+        pictures = [_picture(pool)]
+        for first, last in pairwise(steps):
+            pool.submit_step(0, actions[first:last])
+            pictures.append(_picture(pool))
+    finally:
+        pool.close()
+    return np.stack(pictures)[:, :, ::-1]  # openpi's pictures are mirrored
+
+
+def _picture(pool: WorkerPool) -> UInt8[np.ndarray, "y x 3"]:
+    outcome = pool.collect(0)
+    if outcome.arrays is None:
+        raise FpoError(f"The episode could not be drawn ({outcome.failed}).")
+    return outcome.arrays["images"][0]
 
 
 def parse_inits(text: str, num_inits: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import select
 import socket
 import subprocess
 import tempfile
@@ -214,6 +215,11 @@ class WorkerPool:
         if worker is not None:
             worker.arrays["actions"][: len(actions)] = actions
             worker.request({"op": "step", "length": len(actions)}, self.settings.step_seconds)
+
+    def answered(self, slot: int, seconds: float) -> bool:
+        """Whether the slot's worker has answered within that time, for traces; `collect` still takes the answer."""
+        worker = self._workers.get(slot)
+        return worker is None or bool(select.select([worker.connection], [], [], seconds)[0])
 
     def collect(self, slot: int) -> Outcome:
         """The outcome of the slot's newest request; a worker that fails is replaced."""
