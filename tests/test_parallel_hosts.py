@@ -136,6 +136,7 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(alone, tmp_pat
         time.sleep(0.2)
     os.kill(processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
+    processes[victim].communicate()
     others = [process for index, process in enumerate(processes) if index != victim]
     done = finish(others, seconds=4 * parallel.SILENCE_SECONDS)
     assert time.monotonic() - began < 3 * parallel.SILENCE_SECONDS
