@@ -67,8 +67,8 @@ def evaluate(run_dir: Path, episodes: int, constant: Path | None = None) -> dict
         newest = result["run"]["iteration"] == checkpoint.latest_step(run_dir)
         if newest and same_floors and result["tuned"]["episodes"] == episodes:
             return result
-        for episodes in run_dir.glob(f"{target.stem}.*.jsonl"):  # of the earlier settings
-            episodes.unlink()
+        for log in run_dir.glob(f"{target.stem}.*.jsonl"):  # of the earlier settings
+            log.unlink()
     command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir)]
     command += ["--episodes", str(episodes), "--json", str(target)]
     command += ["--constant", str(constant)] if constant else []

@@ -15,6 +15,8 @@ import train as train_script
 
 from fpo_jax import parallel
 from fpo_jax.fit import load_run
+from fpo_jax.policies import open_base
+from fpo_jax.provenance import tree_crc32
 from test_parallel import close, python_environment
 
 HERE = Path(__file__).parent
@@ -95,11 +97,13 @@ def test_two_processes_train_as_one(alone, tmp_path):
 
 
 _SIMULATORS = """
-import sys
+import json
 import jax, numpy as np, tyro
 from dataclasses import replace
 from fpo_jax import parallel
 from fpo_jax.config import TrainConfig
+from fpo_jax.policies import open_base
+from fpo_jax.provenance import tree_crc32
 from fpo_jax.rollout import FrozenBase, rollout, start
 from tiny import keys
 from tiny_libero import LIBERO, base_system, fake_libero
@@ -110,17 +114,23 @@ with parallel.using(parallel.make_mesh(options, 4)), parallel.one_for_all(), fak
     def play(keys, key):
         return rollout(system, FrozenBase({}), None, start(system, keys), key, 5)[1].state
     states = parallel.jit(play)(keys(4), jax.random.key(1))
-    print(sorted(env._vector.pids()), np.asarray(states).sum())
+    whole = parallel.here(parallel.place_weights(open_base("aloha_transfer_cube")[1]()))
+    with parallel.using(None):
+        crc = tree_crc32(whole)
+    print(json.dumps([sorted(env._vector.pids()), float(np.asarray(states).sum()), crc]))
 """
 
 
-def test_each_process_has_its_own_simulators():
-    """Numbered over all processes; a process that is not the first starts one more, to ask for the tasks."""
+def test_each_process_has_its_own_simulators_and_a_copy_of_the_base():
+    """Slots are numbered over all processes; one that is not the first starts one more, to ask for the tasks."""
     done = finish(start(2, ["-c", _SIMULATORS]))
     assert [code for code, *_ in done] == [0, 0], done
-    (slots, total), (other_slots, other_total) = (said.splitlines()[-1].rsplit(" ", 1) for _, said, _ in done)
-    assert json.loads(slots) == [0, 1] and json.loads(other_slots) == [0, 2, 3]
+    (slots, total, crc), (other_slots, other_total, other_crc) = (
+        json.loads(said.splitlines()[-1]) for _, said, _ in done
+    )
+    assert slots == [0, 1] and other_slots == [0, 2, 3]
     assert total == other_total
+    assert crc == other_crc == tree_crc32(open_base("aloha_transfer_cube")[1]())
 
 
 @pytest.mark.slow
@@ -136,6 +146,7 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(alone, tmp_pat
         time.sleep(0.2)
     os.kill(processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
+    processes[victim].communicate()
     others = [process for index, process in enumerate(processes) if index != victim]
     done = finish(others, seconds=4 * parallel.SILENCE_SECONDS)
     assert time.monotonic() - began < 3 * parallel.SILENCE_SECONDS

@@ -122,11 +122,17 @@ def _check_base(run_dir: Path, base_params: Params) -> None:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
     except (OSError, ValueError, KeyError):
         return  # without a record there is nothing to compare
-    if expected != tree_crc32(parallel.here(base_params)):
+    if expected != _checksum(base_params):
         raise FpoError(
             f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
             "Restore the base, or train anew."
         )
+
+
+def _checksum(base_params: Params) -> int:
+    base_params = parallel.here(base_params)
+    with parallel.using(None):
+        return tree_crc32(base_params)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -280,7 +286,7 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
             run.save(state)
             saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        base_crc32 = tree_crc32(parallel.here(base_params))
+        base_crc32 = _checksum(base_params)
         if parallel.is_first():
             write_provenance(run_dir, base_crc32, system.env.spec.protocol)
             write_json(run_dir / "config.json", to_dict(replace(config, resume="no", parallel=ParallelOptions())))
