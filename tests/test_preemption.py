@@ -89,7 +89,7 @@ def test_killed_twice_and_told_to_stop_once(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_fifty_kills_at_random_moments(tmp_path, capsys):
     """A quarter is SIGTERM, a few come before the first iteration; most of the rest hit a save."""
     draw, job, seen = random.Random(0), Job([*OPTIONS, "--iterations", 10_000], tmp_path), Counter()

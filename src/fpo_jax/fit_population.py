@@ -159,7 +159,7 @@ def _loop(
     return state
 
 
-def _together(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+def _together(metrics: dict[str, np.ndarray]) -> dict[str, int | float]:
     """One line for all members: their mean success, their episodes and steps."""
     rates = metrics["success_rate"]
     return {

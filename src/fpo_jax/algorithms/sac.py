@@ -16,7 +16,7 @@ from fpo_jax.algorithms.fpo import adam, critic_step, ensemble_q, init_critic
 from fpo_jax.config import SacConfig, TrainConfig
 from fpo_jax.critic import masked_mean
 from fpo_jax.networks import GaussianActor, apply
-from fpo_jax.types import Dims, LatentSample, Metrics, Params, Transition
+from fpo_jax.types import Dims, LatentSample, Metrics, Params, Scalar, Transition
 
 
 class AgentState(NamedTuple):
@@ -58,7 +58,7 @@ def init(config: TrainConfig, dims: Dims, key: Key[Array, ""]) -> AgentState:
 
 
 def tanh_gaussian(
-    mean: Float[Array, "B D"], log_std: Float[Array, "B D"], noise: Float[Array, "B D"], scale: float
+    mean: Float[Array, "B D"], log_std: Float[Array, "B D"], noise: Float[Array, "B D"], scale: Scalar
 ) -> tuple[Float[Array, "B D"], Float[Array, " B"]]:
     """x = scale · tanh(μ + σ ε) and log π(x) = Σ_D [log N(ε) - log σ - log(scale (1 - tanh²))]."""
     pre = mean + jnp.exp(log_std) * noise
