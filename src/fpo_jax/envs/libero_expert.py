@@ -233,8 +233,7 @@ class Mixture:
     They are displaced across the fingers, past the line x = `middle`: the sign depends on where the object lies, so no
     one noise makes them right everywhere. (Away from the line some would meet the next can.) Both signs must take the
     same course in time: with a hand that hurries to its goal, displaced grasps were late on one side and early on the
-    other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway must be a miss (with 6.5 cm:
-    .53 -> .88).
+    other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway should be a miss too.
     """
 
     displaced_fraction: float = 0.5  # of all episodes
