@@ -179,8 +179,8 @@ def connect(address: str | None, resources: dict[str, float]) -> None:
             ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False)
     except ConnectionError as error:
         raise FpoError(f"There is no Ray cluster at {address}; start one, or leave --address out.") from error
-    except Exception as error:  # Ray has no class of its own for this
-        if "timed out during startup" not in str(error):
+    except Exception as error:  # Ray has no class of its own for the first of these
+        if "timed out during startup" not in str(error) and "Failed to connect to GCS" not in str(error):
             raise
         raise FpoError("Ray did not start in time, as this machine is busy; the same command goes on.") from error
     have = ray.cluster_resources()
