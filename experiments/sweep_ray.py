@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before Ray is imported: no telemetry, no result files that nobody reads, and its old output, which can be silent.
@@ -33,6 +34,7 @@ from fpo_jax.types import FpoError
 
 TRAIN = Path(__file__).with_name("train.py")
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing is exchanged through it
+ENDED = ("finished", "stopped early", "stopped itself")  # trials that are not run again
 _PATIENCE = 30.0  # [s] that a run has for the end of its iteration before it is killed
 
 
@@ -71,7 +73,7 @@ class TrialRun(tune.Trainable):
         self.lock = (self.run_dir / ".lock").open("w")
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.process = None
-        if read_trial(self.run_dir).outcome not in ("not started", "unfinished", "failed"):
+        if read_trial(self.run_dir).outcome in ENDED:
             return
         resume = ["--resume", "--run-dir", str(self.run_dir)]
         begun = (self.run_dir / "config.json").exists()
@@ -104,7 +106,7 @@ class TrialRun(tune.Trainable):
         episodes = int(trial.curve.episodes[-1]) if trial.curve else 0
         if trial.outcome == "stopped itself":  # a policy that collapsed is worth nothing, whatever it was before
             return {"episodes": episodes, "success_rate": 0.0, "done": True}
-        if trial.outcome in ("finished", "stopped early"):
+        if trial.outcome in ENDED:
             return {"episodes": episodes, "success_rate": trial.success.estimate, "done": True}
         code = self.process.returncode if self.process else None
         reason = last_words(self.run_dir / "trial.log") or f"train.py ended with exit status {code}; see trial.log"
@@ -120,6 +122,26 @@ class TrialRun(tune.Trainable):
                 self.process.kill()
                 self.process.wait()
         self.lock.close()
+
+
+class Asha(ASHAScheduler):
+    """ASHA that compares with every trial on disk: Ray saves what a search knows, but not what its scheduler does."""
+
+    def __init__(self, sweep_dir: Path, **options: Any) -> None:
+        super().__init__(time_attr="episodes", stop_last_trials=False, **options)
+        self.sweep_dir = sweep_dir
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Ray's first call, in a resumed search too."""
+        accepted = super().set_search_properties(metric, mode, **spec)
+        for path in sorted((self.sweep_dir / "trials").glob("*/trial.json")):
+            trial = read_trial(path.parent)
+            if trial.curve and trial.outcome in ENDED:
+                known: Any = SimpleNamespace(trial_id=trial.name)
+                self.on_trial_add(None, known)  # pyright: ignore[reportArgumentType]
+                for episodes, success in zip(trial.curve.episodes, trial.curve.success[:, 0], strict=True):
+                    self.on_trial_result(None, known, {"episodes": episodes, metric: success})  # pyright: ignore[reportArgumentType]
+        return accepted
 
 
 class Progress(tune.Callback):
@@ -157,8 +179,8 @@ def connect(address: str | None, resources: dict[str, float]) -> None:
             ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False)
     except ConnectionError as error:
         raise FpoError(f"There is no Ray cluster at {address}; start one, or leave --address out.") from error
-    except Exception as error:  # Ray has no class of its own for this
-        if "timed out during startup" not in str(error):
+    except Exception as error:  # Ray has no class of its own for the first of these
+        if "timed out during startup" not in str(error) and "Failed to connect to GCS" not in str(error):
             raise
         raise FpoError("Ray did not start in time, as this machine is busy; the same command goes on.") from error
     have = ray.cluster_resources()
@@ -186,18 +208,17 @@ def search(
     trainable = tune.with_resources(TrialRun, tune.PlacementGroupFactory([resources]))
     constants = {"sweep_dir": str(sweep_dir), "cwd": os.getcwd()}
     param_space = {p.name: _domain(p) for p in space.parameters} | constants
-    if tune.Tuner.can_restore(str(sweep_dir / "ray")):
+    if any((sweep_dir / "ray").glob("experiment_state-*.json")):  # Ray's first snapshot takes it some seconds
         tuner = tune.Tuner.restore(str(sweep_dir / "ray"), trainable, param_space=param_space)
         return _ended(tuner.fit())
     scheduler = FIFOScheduler()
     if grace_episodes is not None:
         most = config.iterations * config.num_envs * config.rollout.decisions  # an episode takes a decision at least
-        scheduler = ASHAScheduler(
-            time_attr="episodes",
+        scheduler = Asha(
+            sweep_dir,
             grace_period=grace_episodes,
             reduction_factor=reduction,
             max_t=max(most, grace_episodes + 1),
-            stop_last_trials=False,
         )
     tuner = tune.Tuner(
         trainable,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -319,6 +320,24 @@ def test_settings_that_are_lists_survive_the_trip_through_json(tmp_path):
 
 # --- Ray ------------------------------------------------------------------------------------------------------------
 
+
+def test_a_resumed_search_compares_with_the_trials_before(fake_sweep):
+    pytest.importorskip("ray")
+    pytest.importorskip("optuna")
+    import sweep_ray
+
+    scheduler = sweep_ray.Asha(fake_sweep, grace_period=20, reduction_factor=2, max_t=1000)
+    scheduler.set_search_properties("success_rate", "max")
+    trial = SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    # On disk are .25, .4 and .5 after 20 episodes (the unfinished trial does not count): the better half goes on.
+    assert scheduler.on_trial_result(None, trial, {"episodes": 10, "success_rate": 0.1}) == "CONTINUE"
+    assert scheduler.on_trial_result(None, trial, {"episodes": 20, "success_rate": 0.3}) == "STOP"
+    other = SimpleNamespace(trial_id="other")
+    scheduler.on_trial_add(None, other)
+    assert scheduler.on_trial_result(None, other, {"episodes": 20, "success_rate": 0.6}) == "CONTINUE"
+
+
 TINY_SPACE = """
 base:
   env: point_mass
@@ -357,6 +376,7 @@ def _outcomes(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(
     not (importlib.util.find_spec("ray") and importlib.util.find_spec("optuna")), reason="needs the extra sweep"
 )
