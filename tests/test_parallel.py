@@ -173,7 +173,7 @@ def test_simulators_on_the_host_take_turns_on_each_device():
             carry, transition, episodes = jax.jit(play)(keys(8), jax.random.key(1))
             np.testing.assert_array_equal(carry.env.physics.slot, np.arange(8))
             outcomes.append(plain((transition, episodes)))
-            assert env.problem() is None and len(set(env._vector.pids())) == 8
+            assert env.problem() is None and len(set(env.vector.pids())) == 8
     chex.assert_trees_all_close(*outcomes, rtol=1e-5, atol=1e-5)
     assert outcomes[0][1].ended.any()
 

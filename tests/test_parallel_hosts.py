@@ -117,7 +117,7 @@ with parallel.using(parallel.make_mesh(options, 4)), parallel.one_for_all(), fak
     whole = parallel.here(parallel.place_weights(open_base("aloha_transfer_cube")[1]()))
     with parallel.using(None):
         crc = tree_crc32(whole)
-    print(json.dumps([sorted(env._vector.pids()), float(np.asarray(states).sum()), crc]))
+    print(json.dumps([sorted(env.vector.pids()), float(np.asarray(states).sum()), crc]))
 """
 
 

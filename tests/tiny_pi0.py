@@ -40,8 +40,8 @@ STATS = {
 
 LIBERO = replace(OPENPI_CONFIGS["pi0_libero"], model=MODEL, asset_id="panda", delta_actions=False, checkpoint="")
 LIBERO_STATS = {
-    "state": NormStats(np.zeros(8, np.float32), np.ones(8, np.float32)),
-    "actions": NormStats(np.zeros(7, np.float32), np.full(7, 0.5, np.float32)),
+    "state": NormStats(np.zeros(8, np.float32), np.ones(8, np.float32), *np.float32([[-1.0] * 8, [1.0] * 8])),
+    "actions": NormStats(np.zeros(7, np.float32), np.full(7, 0.5, np.float32), *np.float32([[-1.0] * 7, [1.0] * 7])),
 }
 
 

@@ -46,7 +46,7 @@ def learning_curve_png(metrics_path: str | Path, path: str | Path, *, base: Inte
     Raises FpoError where the file is missing or has no `success_rate` yet.
     """
     run = read_curves(metrics_path)
-    figure, grid = _figure(6.4, 4.0)
+    figure, grid = new_figure(6.4, 4.0)
     axes = grid[0, 0]
     _draw_run(axes, run, "success_rate", default_window(run))
     if base is not None:
@@ -54,7 +54,7 @@ def learning_curve_png(metrics_path: str | Path, path: str | Path, *, base: Inte
         axes.axhspan(base.low, base.high, color="tab:gray", alpha=0.12, linewidth=0)
     axes.set(xlabel="training episodes", ylabel="success rate", ylim=(-0.02, 1.02), xlim=(0, None))
     axes.legend(loc="best", frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def training_curves(
@@ -67,7 +67,7 @@ def training_curves(
     highest, as far as all have come. `base`: the base policy's own values, by the names of `PANELS`.
     """
     window = default_window(min(runs, key=lambda run: len(run.episodes)))
-    figure, grid = _figure(10.5, 3.4, columns=len(PANELS))
+    figure, grid = new_figure(10.5, 3.4, columns=len(PANELS))
     for axes, (name, label) in zip(grid[0], PANELS.items(), strict=True):
         if len(runs) == 1:
             _draw_run(axes, runs[0], name, window)
@@ -82,7 +82,7 @@ def training_curves(
     total = " / ".join(f"{run.episodes[-1]:.0f}" for run in runs)
     said = f"moving mean over the last {window} iterations (about {window * ended:.0f} episodes); {total} episodes"
     figure.suptitle("\n".join(filter(None, (title, said))), fontsize="medium")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_run(axes: Any, run: Curves, name: str, window: int) -> None:
@@ -145,7 +145,7 @@ def steerability_png(
     histogram of the base's success rate per initial state over noise draws: all mass at 0 and 1 means that noise
     decides nothing.
     """
-    figure, grid = _figure(9.0, 3.6, columns=2)
+    figure, grid = new_figure(9.0, 3.6, columns=2)
     left, right = grid[0]
     names = list(rates)
     estimates = np.array([rates[name].estimate for name in names])
@@ -157,7 +157,7 @@ def steerability_png(
     left.set(xlabel="success rate (bars: 95 % interval)", xlim=(0, 1))
     right.hist(state_rates, bins=np.linspace(0, 1, 11), color="tab:blue", alpha=0.7, edgecolor="white")
     right.set(xlabel="success rate of one initial state over noise draws", ylabel="initial states", xlim=(0, 1))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 class Span(NamedTuple):
@@ -175,7 +175,7 @@ def timeline(panels: Mapping[str, Sequence[Span]], path: str | Path, *, title: s
 
     longest = max(span.end for spans in panels.values() for span in spans)
     groups = list(dict.fromkeys(span.group for spans in panels.values() for span in spans))
-    figure, grid = _figure(9.0, 1.9 * len(panels) + 0.7, rows=len(panels))
+    figure, grid = new_figure(9.0, 1.9 * len(panels) + 0.7, rows=len(panels))
     for axes, (name, spans) in zip(grid[:, 0], panels.items(), strict=True):
         rows = list(dict.fromkeys(span.who for span in spans))
         for number, group in enumerate(groups):
@@ -190,7 +190,7 @@ def timeline(panels: Mapping[str, Sequence[Span]], path: str | Path, *, title: s
     colors = [Patch(color=f"C{number}") for number in range(len(groups))]
     figure.legend(colors, groups, loc="outside lower center", ncols=len(groups), frameon=False)
     figure.suptitle(title, fontsize="medium")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 class FilmRow(NamedTuple):
@@ -207,7 +207,7 @@ def film_strip(rows: Sequence[FilmRow], path: str | Path, *, title: str = "") ->
     columns, (y, x) = len(rows[0].steps), rows[0].frames.shape[1:3]
     title = textwrap.fill(title, 22 * columns)
     height = (1.9 * y / x + 0.02) * len(rows) + 0.15 + 0.17 * len(title.splitlines())
-    figure, grid = _figure(1.9 * columns, height, rows=len(rows), columns=columns)
+    figure, grid = new_figure(1.9 * columns, height, rows=len(rows), columns=columns)
     for line, row in zip(grid, rows, strict=True):
         color, outcome = ("tab:green", "success") if row.success else ("tab:red", "failure")
         for axes, frame, step in zip(line, row.frames, row.steps, strict=True):
@@ -220,7 +220,7 @@ def film_strip(rows: Sequence[FilmRow], path: str | Path, *, title: str = "") ->
         line[0].set_ylabel(row.name)
         line[-1].spines[:].set(visible=True, color=color, linewidth=3)
     figure.suptitle(title, fontsize="medium")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 2}  # behind words on a picture
@@ -278,7 +278,7 @@ def side_by_side_video(
     return path
 
 
-def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """(figure of width x height [inch], its axes [rows, columns]); without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -291,7 +291,7 @@ def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> 
     return figure, grid
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     path = check_figure_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

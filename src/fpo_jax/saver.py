@@ -40,10 +40,13 @@ class Saver:
     ) -> None:
         """`checkpoint.save`, but it returns when the arrays have left the device.
 
-        Waits where this very checkpoint or `most_unfinished` others are still being written. Raises FpoError when the
+        Waits where this very checkpoint or `most_unfinished` others are still being written; of several processes, where
+        any other one is. Raises FpoError when the
         disk is full, or became full under an earlier checkpoint.
         """
         target = Path(run_dir).resolve() / shelf / str(step)
+        if parallel.num_processes() > 1:  # they must meet in one order, also within Orbax
+            self.wait()
         while self._unfinished and (
             self._unfinished[0][1].done()
             or len(self._unfinished) >= self._most_unfinished

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from fpo_jax.analysis import _figure, _save, smoothed_success
+from fpo_jax.analysis import new_figure, save_figure, smoothed_success
 from fpo_jax.metrics import Interval, read_jsonl
 from fpo_jax.sweeps import Parameter, Settings, Space, trial_name
 from fpo_jax.types import FpoError
@@ -214,7 +214,7 @@ def write_report(sweep_dir: Path, space: Space) -> list[Trial]:
 
 def curves_png(trials: Sequence[Trial], path: Path) -> Path:
     """Draw training success against episodes and against wall clock, a line per trial; returns `path`."""
-    figure, (left, right) = _figure(10.0, 4.0, columns=2)
+    figure, ((left, right),) = new_figure(10.0, 4.0, columns=2)
     colours = _colours(trials)
     for trial in reversed(trials):  # the best on top
         if trial.curve:
@@ -227,13 +227,13 @@ def curves_png(trials: Sequence[Trial], path: Path) -> Path:
     right.legend(
         handles[::-1][:16], labels[::-1][:16], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def parallel_png(trials: Sequence[Trial], space: Space, path: Path) -> Path:
     """Draw parallel coordinates: an axis per parameter and one for success, a line per trial; returns `path`."""
     parameters = space.parameters
-    figure, axes = _figure(1.7 * (len(parameters) + 1) + 0.6, 3.8)
+    figure, ((axes,),) = new_figure(1.7 * (len(parameters) + 1) + 0.6, 3.8)
     colours = _colours(trials)
     for trial in reversed(trials):
         if trial.curve:
@@ -248,7 +248,7 @@ def parallel_png(trials: Sequence[Trial], space: Space, path: Path) -> Path:
     axes.set_xticks(range(len(parameters) + 1), [*(p.name for p in parameters), "success"], fontsize=8)
     axes.set(xlim=(-0.1, len(parameters) + 0.5), ylim=(_ABSENT - 0.05, 1.05), yticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 _ABSENT = -0.1  # height of a parameter that a trial does not have

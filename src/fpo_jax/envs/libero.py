@@ -192,10 +192,10 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
     )
-    return _start_pool(settings)
+    return _pool_by_any_renderer(settings)
 
 
-def _start_pool(settings: WorkerSettings) -> WorkerPool:
+def _pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
     try:
         return WorkerPool(settings)
     except FpoError:
@@ -214,7 +214,7 @@ def picture_episode(
     assert isinstance(env.vector, WorkerPool)
     settings, seen = env.vector.settings, {"cameras": CAMERAS[:1], "quality": "official", "max_chunk": len(actions)}
     sizes = dict.fromkeys(("image_size", "render_size"), PICTURE_SIZE)
-    pool = _start_pool(replace(settings, hello={**settings.hello, **seen, **sizes}))
+    pool = _pool_by_any_renderer(replace(settings, hello={**settings.hello, **seen, **sizes}))
     columns = env.test_episodes(number[None], key[None])
     try:
         pool.submit_reset(0, Episode(*(column.item() for column in columns)))
