@@ -40,9 +40,8 @@ class Saver:
     ) -> None:
         """`checkpoint.save`, but it returns when the arrays have left the device.
 
-        Waits where this very checkpoint or `most_unfinished` others are still being written; of several processes, where
-        any other one is. Raises FpoError when the
-        disk is full, or became full under an earlier checkpoint.
+        Waits where this very checkpoint or `most_unfinished` others are still being written; with several processes,
+        where any other one is. Raises FpoError when the disk is full, or became full under an earlier checkpoint.
         """
         target = Path(run_dir).resolve() / shelf / str(step)
         if parallel.num_processes() > 1:  # they must meet in one order, also within Orbax
