@@ -98,7 +98,8 @@ def test_fifty_kills_at_random_moments(tmp_path, capsys):
         process = job.start(draw.randint(0, CONSECUTIVE) if number == signal.SIGKILL else 1)
         time.sleep(draw.uniform(0, 0.3))
         seen[job.end(process, number)] += 1
-    print(dict(seen), job.lines(), "iterations")
+    with capsys.disabled():
+        print(dict(seen), job.lines(), "iterations")
     assert seen["while saving"] >= 5 and seen["told to stop"] >= 5 and sum(seen.values()) == 50
     check_against_one_run(job, tmp_path / "whole", capsys)
 
