@@ -56,9 +56,9 @@ from fpo_jax.envs import make_env
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
 from fpo_jax.envs.aloha_render import shared_pool
 from fpo_jax.envs.common import num_cpus
-from fpo_jax.fit import build
 from fpo_jax.provenance import provenance
 from fpo_jax.rollout import FrozenBase, System, observe, residual_noise, slot_keys
+from fpo_jax.runs import build
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Params
 

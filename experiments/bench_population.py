@@ -24,8 +24,8 @@ from rich.table import Table
 
 from fpo_jax import population, train
 from fpo_jax.config import PopulationOptions, TrainConfig
-from fpo_jax.fit import build, settled
 from fpo_jax.rollout import System
+from fpo_jax.runs import build, settled
 from fpo_jax.types import FpoError, Params
 
 

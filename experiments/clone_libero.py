@@ -1,6 +1,12 @@
 """Clones a small state-based base for a pick-and-place task of LIBERO, measures it alone and writes its folder.
 
 python experiments/clone_libero.py --out checkpoints/libero_butter
+
+python experiments/clone_libero.py --env libero_10/7 --record-steps 250 --episode-length 300 \
+    --clone.policy.object-start 0 --clone.policy.object-dim 10 --out runs/bases/soup_and_cheese
+
+A base sees entries object_start to object_start + object_dim of the objects' poses, seven for each in the order of its
+task's file.
 """
 
 import dataclasses
@@ -15,10 +21,11 @@ from fpo_jax.config import LIBERO_BUTTER
 from fpo_jax.demos import Demonstrations
 from fpo_jax.envs import make_env
 from fpo_jax.envs.libero_expert import Mixture, record_mixture
+from fpo_jax.envs.wire import POSE_DIM
 from fpo_jax.policies.small import SmallPolicy
 from fpo_jax.types import FpoError
 
-BUTTER = 4 * 7  # where the butter's pose begins among those of its scene
+BUTTER = 4 * POSE_DIM  # where the butter's pose begins among those of its scene
 DECISION = LIBERO_BUTTER.execute_steps or 0
 POLICY = SmallPolicy(
     horizon=DECISION, action_dim=7, proprio_dim=8, object_start=BUTTER, spread=1.0, frequencies=4, width=384
@@ -32,6 +39,7 @@ class Args(CloneArgs):
     workers: int | None = None  # processes that record; by default one per CPU
     record_steps: int = 105  # control steps of a demonstration
     record_episodes: int = 600  # length of the recording
+    episode_length: int = LIBERO_BUTTER.episode_length or 0  # control steps of the base's own episodes
     eval_episodes: int = 400
     eval_envs: int = 20  # simulated side by side
     clone: CloneConfig = dataclasses.field(
@@ -46,7 +54,7 @@ def main(args: Args) -> None:
         )
 
     about = f"robot state and the object's position (no images), for\nLIBERO's {args.env}"
-    env = make_env(args.env, episode_length=LIBERO_BUTTER.episode_length, execute_steps=args.clone.decision_steps)
+    env = make_env(args.env, episode_length=args.episode_length, execute_steps=args.clone.decision_steps)
     make_base(args, Subject(about, args.mixture, env, record))
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 from fpo_jax.analysis import PANELS, check_figure_path, read_curves, training_curves
 from fpo_jax.config import TrainConfig, differences
 from fpo_jax.evaluate import Evaluator
-from fpo_jax.fit import fit, load_run, read_config
+from fpo_jax.fit import fit
+from fpo_jax.runs import load_run, read_config
 from fpo_jax.types import FpoError
 from fpo_jax.video import record_film_strip, take_both, telling_episodes
 

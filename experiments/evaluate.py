@@ -23,9 +23,9 @@ from rich.console import Console
 from fpo_jax.algorithms import fixed
 from fpo_jax.config import LiberoOptions, OpenpiOptions, TrainConfig, differences
 from fpo_jax.evaluate import EpisodeLog, Evaluator, Outcomes, compare, report, summarize, versus
-from fpo_jax.fit import build, load_run, read_config, settled
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.rollout import FrozenBase, System
+from fpo_jax.runs import build, load_run, read_config, settled
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Quality
 

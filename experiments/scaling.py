@@ -21,13 +21,13 @@ from hlo_counts import Counts, count
 from fpo_jax import parallel, train
 from fpo_jax.algorithms import fpo
 from fpo_jax.config import ParallelOptions, TrainConfig, UpdateConfig
-from fpo_jax.fit import build
 from fpo_jax.latent import LatentSpace
 from fpo_jax.policies.openpi import OpenpiPolicy
 from fpo_jax.policies.openpi_configs import OPENPI_CONFIGS
 from fpo_jax.policies.pi0 import param_shapes
 from fpo_jax.policies.transforms import NormStats
 from fpo_jax.rollout import System
+from fpo_jax.runs import build
 from fpo_jax.types import EnvSpec, EnvState, FpoError, Observation
 
 PI0_PROMPT_TOKENS = 6  # of "Transfer cube"

@@ -17,8 +17,8 @@ from rich.table import Table
 from fpo_jax import analysis
 from fpo_jax.config import LatentConfig, OpenpiOptions, TrainConfig
 from fpo_jax.evaluate import Evaluator
-from fpo_jax.fit import build
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import build
 from fpo_jax.steerability import CrossEntropySettings, best_constant_latent, floors, success_table, variance_shares
 from fpo_jax.types import FpoError, Quality
 

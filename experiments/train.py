@@ -19,10 +19,11 @@ from rich.console import Console
 
 from fpo_jax.config import TrainConfig, preset
 from fpo_jax.evaluate import report
-from fpo_jax.fit import RunStopped, default_run_dir, fit, read_config
+from fpo_jax.fit import RunStopped, fit
 from fpo_jax.fit_population import fit as fit_population
 from fpo_jax.fit_population import is_population
 from fpo_jax.fit_population import report as report_population
+from fpo_jax.runs import default_run_dir, read_config
 from fpo_jax.types import FpoError
 
 

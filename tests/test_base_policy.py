@@ -11,10 +11,10 @@ import pytest
 from fpo_jax.algorithms import fpo
 from fpo_jax.config import LIBERO_BUTTER, TrainConfig
 from fpo_jax.evaluate import Evaluator
-from fpo_jax.fit import build
 from fpo_jax.policies import CHECKPOINTS, load_base
 from fpo_jax.policies.small import SmallPolicy
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import build
 from fpo_jax.types import HostedEnv, Observation
 from libero_venv import installed
 

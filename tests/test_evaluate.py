@@ -22,9 +22,9 @@ from fpo_jax.evaluate import (
     summarize,
     versus,
 )
-from fpo_jax.fit import build
 from fpo_jax.metrics import paired_difference_interval, wilson_interval
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import build
 from fpo_jax.types import EnvSpec, FpoError
 from tiny import TINY, init_fpo, jit, make_system, perturbed, scripted_system
 

@@ -17,6 +17,7 @@ RANKS = [
     {"clone_pi0", "rollout"},
     {"train", "evaluate"},
     {"population", "video", "steerability"},
+    {"runs"},
     {"fit"},
     {"fit_population"},
 ]
@@ -31,7 +32,7 @@ LEAVES = {
     "sweep_report": {"types", "metrics", "analysis", "sweeps"},
     "serve": set().union(*RANKS, {"checkpoint"}),
 }
-LEAF_USERS = {"train", "evaluate", "video", "steerability", "fit", "fit_population", "serve"}
+LEAF_USERS = {"train", "evaluate", "video", "steerability", "runs", "fit", "fit_population", "serve"}
 # Heavy or optional packages: which modules may import them, and these only inside a function.
 OPTIONAL = {
     "wandb": {"metrics"},

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from fpo_jax import fit as fit_module
+from fpo_jax import runs
 from fpo_jax.config import LiberoOptions, TrainConfig, check, from_dict, to_dict
 from fpo_jax.envs import libero, make_env, resolve_physics
 from fpo_jax.envs.host import HostEnv
 from fpo_jax.evaluate import Evaluator, compare
-from fpo_jax.fit import RunStopped, default_run_dir, fit, load_run
+from fpo_jax.fit import RunStopped, fit
 from fpo_jax.metrics import read_jsonl
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import default_run_dir, load_run
 from fpo_jax.types import Camera, FpoError
 from test_rollout import plain
 from tiny import init_fpo, keys
@@ -174,7 +176,8 @@ def loop(monkeypatch, tmp_path):
         this.envs.append(made)
         return fpo_system(made, config, NoisyBase(standardize=this.standardize)), {}
 
-    monkeypatch.setattr(fit_module, "build", build)
+    for module in (runs, fit_module):
+        monkeypatch.setattr(module, "build", build)
     use_fake_workers(monkeypatch)
     yield this
     for env in this.envs:
@@ -241,8 +244,8 @@ def test_a_base_that_wants_two_cameras_gets_them(monkeypatch):
             prompts.append(words)
             return self
 
-    monkeypatch.setattr(fit_module, "open_base", lambda *args, **kwargs: (Seeing(), dict))
-    system, _ = fit_module.build(replace(LIBERO, physics="auto"))
+    monkeypatch.setattr(runs, "open_base", lambda *args, **kwargs: (Seeing(), dict))
+    system, _ = runs.build(replace(LIBERO, physics="auto"))
     try:
         state = system.env.reset(keys(2))
         assert set(state.observation.images) == {"image", "wrist_image"} and state.observation.prompt is None

@@ -71,8 +71,13 @@ def test_an_axis_has_a_yaw_but_no_sign(axis, yaw):
     assert expert.axis_yaw(np.array(axis, float)) == pytest.approx(yaw, abs=1e-12)
 
 
+def test_a_goal_with_two_things_makes_two_plans():
+    goal = "(In ketchup_1 wooden_tray_1_contain_region) (In butter_1 wooden_tray_1_contain_region)"
+    assert [plan.item for plan in expert.make_plans(TASK | {"goal": goal})] == [0, 1]
+
+
 def test_the_goal_makes_the_plan():
-    plan = expert.make_plan(TASK)
+    plan = expert.make_plans(TASK)[0]
     assert (plan.item, plan.target) == (1, 2) and plan.container == expert.CONTAINERS["wooden_tray"]
 
 
@@ -87,11 +92,11 @@ def test_the_goal_makes_the_plan():
 )
 def test_other_goals_are_refused(goal):
     with pytest.raises(FpoError, match="cannot do 'butter'"):
-        expert.make_plan(TASK | {"goal": goal})
+        expert.make_plans(TASK | {"goal": goal})
 
 
 def test_it_carries_the_object_into_the_container():
-    hand, phases = run(expert.make_plan(TASK), scene())
+    hand, phases = run(expert.make_plans(TASK)[0], scene())
     assert list(dict.fromkeys(phases)) == list(expert.PHASES)
     container = expert.CONTAINERS["wooden_tray"]
     np.testing.assert_allclose(hand.objects[1, :2], TRAY[:2] + container.centre, atol=2 * expert.ARRIVED)
@@ -100,7 +105,7 @@ def test_it_carries_the_object_into_the_container():
 
 
 def test_a_displaced_grasp_closes_beside_the_object_and_carries_nothing():
-    plan = expert.make_plan(TASK)
+    plan = expert.make_plans(TASK)[0]
     hand, phases = run(plan._replace(grasp_offset=(0.065, 0.0)), scene())
     assert hand.closed_at is not None
     np.testing.assert_allclose(hand.closed_at, BUTTER + np.array([0.065, 0, 0]), atol=expert.ARRIVED)
@@ -110,12 +115,12 @@ def test_a_displaced_grasp_closes_beside_the_object_and_carries_nothing():
 
 @pytest.mark.parametrize("yaw", [0.6, -0.6, 0.6 + np.pi])
 def test_the_fingers_turn_to_the_narrow_side(yaw):
-    hand, _ = run(expert.make_plan(TASK), scene(yaw=yaw))
+    hand, _ = run(expert.make_plans(TASK)[0], scene(yaw=yaw))
     assert (hand.yaw - yaw + np.pi / 2) % np.pi - np.pi / 2 == pytest.approx(0.0, abs=expert.ALIGNED)
 
 
 def test_a_phase_that_gets_nowhere_ends_all_the_same():
-    plan, objects = expert.make_plan(TASK), scene()
+    plan, objects = expert.make_plans(TASK)[0], scene()
     hand = Hand(objects)
     state = expert.begin(plan, hand.proprio(), objects)
     for _ in range(6 * expert.PATIENCE):
@@ -143,13 +148,26 @@ def test_in_libero_it_succeeds_and_a_displaced_grasp_fails():
     try:
         known = pool.ask({"op": "tasks"})["suites"][suite]
         number = libero.find_task(suite, name, [task["name"] for task in known])
-        plan = expert.make_plan(known[number])
+        (plan,) = expert.make_plans(known[number])
         poor = plan._replace(grasp_offset=(0.065, 0.0))
         for init in (0, 25, 49):
             episode = Episode(0, number, init, 0, True)
-            proprio, objects, actions, success = expert.play(pool, 0, plan, episode, 100)
+            proprio, objects, actions, success = expert.play(pool, 0, [plan], episode, 100)
             assert success and proprio.shape == (100, 8) and objects.shape == (100, 32, 7) and actions.shape == (100, 7)
-            assert not expert.play(pool, 0, poor, episode, 100)[3]
+            assert not expert.play(pool, 0, [poor], episode, 100)[3]
+    finally:
+        pool.close()
+
+
+@pytest.mark.libero
+def test_in_libero_it_puts_both_things_into_the_basket():
+    installed()
+    pool = libero.start_pool("libero_10", (), expert.START_STEPS, LiberoOptions())
+    try:
+        plans = expert.make_plans(pool.ask({"op": "tasks"})["suites"]["libero_10"][7])
+        episode = Episode(0, 7, 0, 0, True)
+        assert expert.play(pool, 0, plans, episode, 250)[3]
+        assert not expert.play(pool, 0, plans[:1], episode, 250)[3]  # one is not enough
     finally:
         pool.close()
 

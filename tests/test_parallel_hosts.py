@@ -14,9 +14,9 @@ import pytest
 import train as train_script
 
 from fpo_jax import parallel
-from fpo_jax.fit import load_run
 from fpo_jax.policies import open_base
 from fpo_jax.provenance import tree_crc32
+from fpo_jax.runs import load_run
 from test_parallel import close, python_environment
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ import pytest
 import train as train_script
 
 from fpo_jax.envs.host import HostEnv
-from fpo_jax.fit import load_run
 from fpo_jax.policies.openpi import OpenpiPolicy
+from fpo_jax.runs import load_run
 from libero_venv import installed
 from tiny import jit, keys
 from tiny_libero import pool_of, use_fake_workers

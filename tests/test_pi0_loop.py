@@ -11,11 +11,11 @@ import pytest
 import steerability as steerability_script
 import train as train_script
 
-from fpo_jax import fit as fit_module
+from fpo_jax import runs
 from fpo_jax.config import TrainConfig
-from fpo_jax.fit import build, load_run
 from fpo_jax.policies.openpi import OpenpiPolicy
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import build, load_run
 from fpo_jax.types import Camera
 from opengl import opengl_pool
 from test_cli import assert_same_run, metrics
@@ -138,7 +138,7 @@ def test_the_statistics_come_from_the_checkpoint(run_dir):
 @pytest.mark.parametrize(("asked", "drawn"), [(None, "fast"), ("official", "official")])
 def test_pictures_are_those_the_base_was_trained_on(asked, drawn, monkeypatch):
     """Unless others are asked for."""
-    wanted, make_env = [], fit_module.make_env
-    monkeypatch.setattr(fit_module, "make_env", lambda *args: wanted.append(args[4]) or make_env(*args))
+    wanted, make_env = [], runs.make_env
+    monkeypatch.setattr(runs, "make_env", lambda *args: wanted.append(args[4]) or make_env(*args))
     build(TrainConfig(base="pi0_tiny", num_envs=2, render=asked))
     assert wanted == [(Camera("top", 56, drawn),)]

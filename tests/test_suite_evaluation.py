@@ -13,7 +13,7 @@ import evaluate as script
 import pytest
 import train as train_script
 
-from fpo_jax import fit as fit_module
+from fpo_jax import runs
 from fpo_jax.envs import make_env
 from fpo_jax.metrics import wilson_interval
 from test_evaluate import count_batches
@@ -39,8 +39,8 @@ def fake_workers(monkeypatch):
         return made[-1]
 
     use_fake_workers(monkeypatch)
-    monkeypatch.setattr(fit_module, "make_env", make)
-    monkeypatch.setattr(fit_module, "open_base", lambda *args, **kwargs: (NoisyBase(), dict))
+    monkeypatch.setattr(runs, "make_env", make)
+    monkeypatch.setattr(runs, "open_base", lambda *args, **kwargs: (NoisyBase(), dict))
     yield
     for env in made:
         env.close()

@@ -8,8 +8,8 @@ import pytest
 
 from fpo_jax.envs.aloha_mujoco import simulate
 from fpo_jax.evaluate import Evaluator, Outcomes
-from fpo_jax.fit import build
 from fpo_jax.rollout import FrozenBase
+from fpo_jax.runs import build
 from fpo_jax.types import FpoError
 from fpo_jax.video import Player, pictures, record_comparison, record_film_strip, take_both, telling_episodes
 from opengl import opengl_pool

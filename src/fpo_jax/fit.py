@@ -19,143 +19,18 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fpo_jax import analysis, checkpoint, parallel, train
-from fpo_jax.algorithms import fpo, sac
-from fpo_jax.config import (
-    LiberoOptions,
-    ParallelOptions,
-    PopulationOptions,
-    TrainConfig,
-    check,
-    differences,
-    from_dict,
-    to_dict,
-)
-from fpo_jax.envs import make_env, resolve_physics
+from fpo_jax.config import ParallelOptions, TrainConfig, to_dict
 from fpo_jax.evaluate import Evaluator, Outcomes, compare
 from fpo_jax.health import COLLAPSE_WINDOW, failure
-from fpo_jax.latent import LatentSpace
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
-from fpo_jax.policies import open_base
-from fpo_jax.policies.openpi import compute_dtype
-from fpo_jax.policies.small import check_action_space
-from fpo_jax.provenance import tree_crc32, write_json, write_provenance
+from fpo_jax.provenance import write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
+from fpo_jax.runs import base_crc32, build, default_run_dir, holds_run, load_run, resume_advice, settled
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
-from fpo_jax.types import Camera, FpoError, HostedEnv, Params, Quality
+from fpo_jax.types import FpoError, HostedEnv, Params
 from fpo_jax.video import record_comparison
-
-ALGORITHMS = {"fpo": fpo, "sac": sac}
-# On resume; the base is known by its checksum.
-_FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint", "parallel")
-
-
-def build(config: TrainConfig) -> tuple[System, Params]:
-    """Environment, frozen base, latent space and algorithm of a configuration. Raises FpoError for unknown names."""
-    check(config)
-    resolve_physics(config.env, config.physics)
-    base, load = open_base(config.base or config.env, checkpoint=config.checkpoint, options=config.openpi)
-    trained_on: Quality = getattr(base, "render", "official")
-    cameras = tuple(Camera(name, base.image_size, config.render or trained_on) for name in base.cameras)
-    env = make_env(config.env, config.physics, config.episode_length, config.execute_steps, cameras, config.libero)
-    check_action_space(base, env.spec)
-    with_prompts = getattr(base, "with_prompts", None)  # of bases that read words
-    if env.spec.prompts and with_prompts is not None and config.openpi.prompt is None:
-        base = with_prompts(env.spec.prompts)
-    steered = base.action_dim if config.latent.steer_padding else min(base.action_dim, base.output_dim)
-    space = LatentSpace(config.latent.space, base.horizon, steered, config.latent.rank)
-    return System(config, env, base, space, ALGORITHMS[config.algorithm]), parallel.place_weights(load())
-
-
-def default_run_dir(config: TrainConfig) -> Path:
-    env = config.env.replace("/", "-")
-    base = f"-{Path(config.base).stem}" if config.base else ""
-    several = "-population" if config.population != PopulationOptions() else ""
-    return Path("runs") / f"{env}{base}-{config.preset}-s{config.seed}{several}"
-
-
-def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration as a run keeps it: what depends on this machine is decided, local paths are absolute."""
-
-    def absolute(where: str | None) -> str | None:
-        return str(Path(where).expanduser().resolve()) if where and "://" not in where else where
-
-    openpi = config.openpi
-    return replace(
-        config,
-        physics=resolve_physics(config.env, config.physics),
-        checkpoint=absolute(config.checkpoint),
-        openpi=replace(openpi, dtype=compute_dtype(openpi.dtype), tokenizer=absolute(openpi.tokenizer)),
-    )
-
-
-def load_run(
-    run_dir: Path,
-    shelf: checkpoint.Shelf = "checkpoints",
-    base_checkpoint: str | None = None,
-    libero: LiberoOptions | None = None,
-) -> tuple[TrainConfig, System, FrozenBase, TrainState]:
-    """(config, system, base, state) of a run at its newest whole checkpoint on `shelf`.
-
-    `base_checkpoint`: where the weights of an openpi base lie now, if not where they did when the run began; `libero`:
-    other options than the run had. Raises FpoError where the directory holds no run or no whole checkpoint, or the base
-    is another one.
-    """
-    config = read_config(run_dir)
-    config = replace(config, checkpoint=base_checkpoint or config.checkpoint, libero=libero or config.libero)
-    step = checkpoint.latest_step(run_dir, shelf)
-    if step is None:
-        raise FpoError(
-            f"{run_dir} has no whole checkpoint in {shelf}/; train first, give one member of a population, or start "
-            "again in another --run-dir."
-        )
-    system, base_params = build(config)
-    _check_base(run_dir, base_params)
-    like = parallel.placed(jax.eval_shape(partial(train.init, system), base_params), train.PLACES)
-    state = checkpoint.restore(run_dir, step, like, shelf=shelf)
-    return config, system, FrozenBase(base_params, state.features), state
-
-
-def _check_base(run_dir: Path, base_params: Params) -> None:
-    try:
-        expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
-    except (OSError, ValueError, KeyError):
-        return  # without a record there is nothing to compare
-    if expected != _checksum(base_params):
-        raise FpoError(
-            f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
-            "Restore the base, or train anew."
-        )
-
-
-def _checksum(base_params: Params) -> int:
-    base_params = parallel.here(base_params)
-    with parallel.using(None):
-        return tree_crc32(base_params)
-
-
-def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration that a run was started with. Raises FpoError where there is none."""
-    path = run_dir / "config.json"
-    try:
-        return from_dict(json.loads(path.read_text()) | {"resume": "no"})  # how it was started is no part of it
-    except OSError as error:
-        raise FpoError(
-            f"{run_dir} holds no run ({path.name} is missing); give the directory that train.py wrote."
-        ) from error
-    except ValueError as error:
-        raise FpoError(f"{path} is damaged; restore it or start a new run.") from error
-
-
-def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
-    """Only `iterations` and where the base lies may change. Raises FpoError naming every other difference."""
-    same = replace(config, **{name: getattr(saved, name) for name in _FREE_TO_CHANGE})
-    if changed := differences(saved, same):
-        raise FpoError(
-            f"--resume continues a run as it was; changed here: {'; '.join(changed)}. "
-            "Drop these options, or start a new run in another --run-dir."
-        )
 
 
 class RunStopped(FpoError):
@@ -286,9 +161,9 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
             run.save(state)
             saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        base_crc32 = _checksum(base_params)
+        checksum = base_crc32(base_params)
         if parallel.is_first():
-            write_provenance(run_dir, base_crc32, system.env.spec.protocol)
+            write_provenance(run_dir, checksum, system.env.spec.protocol)
             write_json(run_dir / "config.json", to_dict(replace(config, resume="no", parallel=ParallelOptions())))
         logger.print(_opening(system, run_dir, step))
         with stop.deferred():
@@ -308,16 +183,6 @@ def _begin(system: System, base_params: Params) -> TrainState:
             "finite. Look at one episode of this base first, and at --render."
         )
     return state
-
-
-def holds_run(config: TrainConfig, run_dir: Path) -> bool:
-    """Whether to go on with the run in `run_dir`; raises FpoError where `config.resume` does not allow that."""
-    begun = (run_dir / "config.json").exists()
-    if begun and config.resume == "no":
-        raise FpoError(f"{run_dir} already holds a run; add --resume to continue it or choose another --run-dir.")
-    if begun or config.resume == "yes":
-        check_resumable(read_config(run_dir), config)
-    return begun
 
 
 def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -362,10 +227,6 @@ def _base_in_words(system: System) -> str:
     if not base.cameras:
         return ""
     return f"base {config.base} ({config.openpi.dtype}, sees {', '.join(base.cameras)}), "
-
-
-def resume_advice(run_dir: Path) -> str:
-    return f"Continue with: python experiments/train.py --resume --run-dir {run_dir}"
 
 
 def _loop(system: System, base_params: Params, state: TrainState, run: Run, stop: StopSignal) -> TrainState:

@@ -19,19 +19,11 @@ from rich.console import Console
 from fpo_jax import checkpoint, parallel, population, train
 from fpo_jax.config import ParallelOptions, PopulationOptions, TrainConfig, to_dict
 from fpo_jax.evaluate import Evaluator, compare
-from fpo_jax.fit import (
-    Run,
-    RunStopped,
-    build,
-    default_run_dir,
-    holds_run,
-    learning_curve,
-    resume_advice,
-    settled,
-)
+from fpo_jax.fit import Run, RunStopped, learning_curve
 from fpo_jax.metrics import Interval, ProgressLine, RunLogger, read_jsonl
 from fpo_jax.provenance import tree_crc32, write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
+from fpo_jax.runs import build, default_run_dir, holds_run, resume_advice, settled
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState

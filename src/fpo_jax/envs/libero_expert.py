@@ -1,13 +1,13 @@
 """Scripted expert for LIBERO's pick-and-place tasks: closed loop on robot state and object poses, by OSC_POSE actions.
 
 It moves above the object, turns the fingers to its narrow side, descends, closes, lifts, carries, lowers and opens,
-each phase until the hand is where it should be. Displacing the grasp (`Plan.grasp_offset`) leaves the rest of the
-motion as it is: the raw material of a steerable base policy, one that contains the right behaviour but does not choose
-it.
+each phase until the hand is where it should be; then it takes the next object, where the goal names several.
+Displacing a grasp (`Plan.grasp_offset`) leaves the rest of the motion as it is: the raw material of a steerable base
+policy, one that contains the right behaviour but does not choose it.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -32,6 +32,7 @@ ARRIVED = 0.012  # [m] from a phase's goal, sideways and in height
 ALIGNED = 0.06  # [rad]
 CLOSING_STEPS = 10  # control steps until the fingers hold
 OPENING_STEPS = 8
+RETREAT_STEPS = 8  # until the hand is above the container again
 APPROACH_STEPS = 16  # in which the hand's goal moves above the object, at constant speed
 SETTLING_STEPS = 6  # until the hand has followed it
 CLEARANCE = 0.10  # [m] above the grasp: where the hand waits before it descends
@@ -84,7 +85,7 @@ CONTAINERS: Mapping[str, Container] = {
 
 
 class Plan(NamedTuple):
-    """One episode's task: which object goes where, and how it is grasped."""
+    """Which object goes where, and how it is grasped."""
 
     item: int  # its row among the observed objects
     target: int  # the container's
@@ -129,21 +130,26 @@ def axis_yaw(axis: Float[np.ndarray, "3"]) -> float:
     return (yaw + np.pi / 2) % np.pi - np.pi / 2
 
 
-def make_plan(task: Mapping[str, Any]) -> Plan:
-    """The plan of a task as `libero_files.Task` describes it: its goal says what goes where.
+def make_plans(task: Mapping[str, Any]) -> tuple[Plan, ...]:
+    """What to do, one thing after another, in a task as `libero_files.Task` describes it, by its goal.
 
-    Raises FpoError where the task is none of picking one known thing and putting it into a known container.
+    Raises FpoError where the task asks for more than picking known things and putting them into known containers.
     """
-    found = re.fullmatch(r"\(In (\w+) (\w+)_contain_region\)", task["goal"], re.IGNORECASE)
-    item, target = found.groups() if found else ("", "")
-    shape, container = SHAPES.get(item.rpartition("_")[0]), CONTAINERS.get(target.rpartition("_")[0])
-    if shape is None or container is None:
-        raise FpoError(f"The scripted expert cannot do {task['name']!r}: it puts {', '.join(SHAPES)} into containers.")
-    return Plan(task["objects"].index(item), task["objects"].index(target), shape, container)
+    plans = []
+    for predicate in re.findall(r"\([^()]*\)", task["goal"]) or [""]:
+        found = re.fullmatch(r"\(In (\w+) (\w+)_contain_region\)", predicate, re.IGNORECASE)
+        item, target = found.groups() if found else ("", "")
+        shape, container = SHAPES.get(item.rpartition("_")[0]), CONTAINERS.get(target.rpartition("_")[0])
+        if shape is None or container is None:
+            raise FpoError(
+                f"The scripted expert cannot do {task['name']!r}: it puts {', '.join(SHAPES)} into containers."
+            )
+        plans.append(Plan(task["objects"].index(item), task["objects"].index(target), shape, container))
+    return tuple(plans)
 
 
 def begin(plan: Plan, proprio: Float[np.ndarray, "8"], objects: Float[np.ndarray, "K 7"]) -> State:
-    """The state before the first step: where and how the hand will close.
+    """The state before a plan's first step: where and how the hand will close.
 
     Beside tall things the hand turns and moves along the object a little: it is 20 cm wide, and near the fingers' tips.
     """
@@ -253,7 +259,7 @@ class Mixture:
 def play(
     pool: WorkerPool,
     slot: int,
-    plan: Plan,
+    plans: Sequence[Plan],
     episode: Episode,
     control_steps: int,
     mixture: Mixture | None = None,
@@ -261,7 +267,7 @@ def play(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """One episode in a worker: (proprio [T, 8], objects [T, K, 7], actions [T, 7], success); it goes on after success.
 
-    With a mixture, hand and grasp are displaced as it draws them.
+    With a mixture, hand and grasps are displaced as it draws them.
 
     Raises FpoError where the simulation breaks.
     """
@@ -280,9 +286,13 @@ def play(
         push[:, 6] = OPEN
         pool.submit_step(slot, push)
         proprio, objects, _ = look()
-        plan = plan._replace(grasp_offset=mixture.grasp_offset(objects[plan.item, :3], rng))
+        plans = [plan._replace(grasp_offset=mixture.grasp_offset(objects[plan.item, :3], rng)) for plan in plans]
+    plan, *later = plans
     state, records = begin(plan, proprio, objects), []
     for _ in range(control_steps):
+        if later and PHASES[state.phase] == "retreat" and state.steps >= RETREAT_STEPS:
+            plan = later.pop(0)
+            state = begin(plan, proprio, objects)
         action, state = act(plan, state, proprio, objects)
         action = action.astype(np.float32)
         records.append((proprio, objects, action))
@@ -319,14 +329,14 @@ def record_mixture(
     try:
         known = pool.ask({"op": "tasks"})["suites"][suite]
         number = libero.find_task(suite, name, [task["name"] for task in known])
-        plan = make_plan(known[number])
+        plans = make_plans(known[number])
 
         def episode(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
             rng = np.random.default_rng([seed, index])
             sampled = Episode(0, number, -1, int(rng.integers(2**31 - 1)), False)
             slot = idle.get()
             try:
-                return play(pool, slot, plan, sampled, control_steps, mixture, rng)
+                return play(pool, slot, plans, sampled, control_steps, mixture, rng)
             finally:
                 idle.put(slot)
 
