@@ -220,6 +220,7 @@ def test_summary_leaves_invalid_episodes_out():
         "high": high,
         "episodes": 4,
         "invalid_episodes": 1,
+        "return": 0.5,
         "episode_length": 5.5,
     }
 
@@ -242,7 +243,7 @@ def test_the_result_as_json():
     result = json.loads(json.dumps(compare(outcomes([0, 0, 1, 0]), outcomes([1, 0, 1, 1]))))
     assert result.keys() == {"base", "tuned", "difference"}
     for policy in ("base", "tuned"):
-        expected = {"success_rate", "low", "high", "episodes", "invalid_episodes", "episode_length"}
+        expected = {"success_rate", "low", "high", "episodes", "invalid_episodes", "return", "episode_length"}
         assert result[policy].keys() == expected
     assert result["difference"].keys() == {"success_rate", "low", "high", "interval"}
     assert (result["base"]["success_rate"], result["tuned"]["success_rate"]) == (0.25, 0.75)

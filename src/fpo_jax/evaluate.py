@@ -202,8 +202,12 @@ class Evaluator:
 
 
 def success_summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Success rate of the valid episodes, its Wilson 95 % interval, and the mean episode length [control steps]."""
+    """Success rate of the valid episodes, its Wilson 95 % interval, mean discounted return and length [steps]."""
     valid = ~outcomes.invalid
+
+    def mean(values: Float[np.ndarray, " E"] | Int[np.ndarray, " E"]) -> float:
+        return float(values[valid].mean()) if valid.any() else float("nan")
+
     interval = wilson_interval(int(outcomes.success[valid].sum()), int(valid.sum()))
     return {
         "success_rate": interval.estimate,
@@ -211,7 +215,8 @@ def success_summary(outcomes: Outcomes) -> dict[str, Any]:
         "high": interval.high,
         "episodes": int(valid.sum()),
         "invalid_episodes": int(outcomes.invalid.sum()),
-        "episode_length": float(outcomes.control_steps[valid].mean()) if valid.any() else float("nan"),
+        "return": mean(outcomes.ret),
+        "episode_length": mean(outcomes.control_steps),
     }
 
 
