@@ -2,8 +2,9 @@
 
 python experiments/clone_libero.py --out checkpoints/libero_butter
 
-python experiments/clone_libero.py --env libero_10/7 --record-steps 250 --episode-length 300 \
-    --clone.policy.object-start 0 --clone.policy.object-dim 10 --out runs/bases/soup_and_cheese
+python experiments/clone_libero.py --env libero_10/7 --record-steps 240 --record-episodes 400 --episode-length 280 \
+    --clone.policy.object-start 0 --clone.policy.object-dim 10 --mixture.displaced-fraction .3 \
+    --mixture.turn-jitter .002 --eval-episodes 200 --out checkpoints/libero_10_basket
 
 A base sees entries object_start to object_start + object_dim of the objects' poses, seven for each in the order of its
 task's file.

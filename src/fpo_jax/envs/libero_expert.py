@@ -247,6 +247,9 @@ class Mixture:
     middle: float = 0.05  # [m] x of the line past which grasps are displaced
     jitter: float = 0.003  # [m] standard deviation of every grasp in x and y
     start_jitter: float = 0.012  # [m] standard deviation of where the hand starts, as in the official initial states
+    # Standard deviation added to each turn. At a turn of exactly 0 robosuite's controller holds the orientation, and at
+    # any other lets it drift: a clone is never exact, so where the expert seldom turns (butter: often) it must not be.
+    turn_jitter: float = 0.0
 
     def grasp_offset(self, item: Float[np.ndarray, "3"], rng: np.random.Generator) -> tuple[float, float]:
         """Draws where one episode grasps, relative to the object [m]."""
@@ -294,6 +297,8 @@ def play(
             plan = later.pop(0)
             state = begin(plan, proprio, objects)
         action, state = act(plan, state, proprio, objects)
+        if mixture is not None and rng is not None and mixture.turn_jitter:
+            action[3:6] += mixture.turn_jitter * rng.standard_normal(3)
         action = action.astype(np.float32)
         records.append((proprio, objects, action))
         pool.submit_step(slot, action[None])
