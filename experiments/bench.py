@@ -245,7 +245,7 @@ def phase_times(
         return result
 
     env_state = state.rollout.env
-    for key in jax.random.split(state.key, system.config.rollout.decisions):
+    for key in jax.random.split(state.key, system.decisions):
         keys = jax.block_until_ready(slot_keys(key, system.config.num_envs))
         features, context = run("encode", base, env_state)
         sample = run("act", state.agent, features, keys)

@@ -204,7 +204,7 @@ def search(
 
     `grace_episodes` None: no early stopping. What only matters at the beginning is Ray's to remember.
     """
-    config, sweep_dir = space.config({}), sweep_dir.resolve()  # workers have directories of their own
+    sweep_dir = sweep_dir.resolve()  # workers have directories of their own
     trainable = tune.with_resources(TrialRun, tune.PlacementGroupFactory([resources]))
     constants = {"sweep_dir": str(sweep_dir), "cwd": os.getcwd()}
     param_space = {p.name: _domain(p) for p in space.parameters} | constants
@@ -213,12 +213,11 @@ def search(
         return _ended(tuner.fit())
     scheduler = FIFOScheduler()
     if grace_episodes is not None:
-        most = config.iterations * config.num_envs * config.rollout.decisions  # an episode takes a decision at least
         scheduler = Asha(
             sweep_dir,
             grace_period=grace_episodes,
             reduction_factor=reduction,
-            max_t=max(most, grace_episodes + 1),
+            max_t=10**9,  # a trial's own iterations end it
         )
     tuner = tune.Tuner(
         trainable,

@@ -160,8 +160,8 @@ class SacConfig:
 class RolloutConfig:
     """How experience is gathered and valued."""
 
-    decisions: int = 7
-    """T: decisions per environment and iteration."""
+    decisions: int | None = None
+    """T: decisions per environment and iteration; by default those of one whole episode, and one for its reset."""
     gamma: float = 0.99
     """γ per decision, Eq. (1)."""
     reward: Literal["sparse", "step_cost"] = "sparse"
@@ -389,9 +389,10 @@ _AT_LEAST_ONE = (
         "critic.num_critics",
     ),
     "openpi.denoise_steps",
-    *("critic.value_samples", "rollout.decisions", "rollout.window", "update.epochs", "update.minibatch_size"),
+    *("critic.value_samples", "rollout.window", "update.epochs", "update.minibatch_size"),
     *("saving.every", "parallel.fsdp"),
 )
+_AT_LEAST_ONE_OR_LEFT_OUT = ("rollout.decisions", "update.minibatches", "parallel.devices")
 _POSITIVE = (
     *("actor.learning_rate", "actor.max_grad_norm", "critic.learning_rate", "critic.max_grad_norm"),
     *("fpo.epsilon", "fpo.beta", "fpo.std_floor", "fpo.log_ratio_clamp"),
@@ -416,6 +417,7 @@ def check(config: TrainConfig) -> None:
 
     rules = (
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
+        (_AT_LEAST_ONE_OR_LEFT_OUT, lambda x: x is None or x >= 1, "at least 1 or left out"),
         (_POSITIVE, lambda x: x > 0, "greater than 0"),
         (_SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
         (_NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
@@ -424,9 +426,5 @@ def check(config: TrainConfig) -> None:
         for name in names:
             if not allowed(value(name)):
                 raise FpoError(f"{name} must be {wanted}, not {value(name)}.")
-    if config.update.minibatches is not None and config.update.minibatches < 1:
-        raise FpoError(f"update.minibatches must be at least 1 or left out, not {config.update.minibatches}.")
-    if config.parallel.devices is not None and config.parallel.devices < 1:
-        raise FpoError(f"parallel.devices must be at least 1 or left out, not {config.parallel.devices}.")
     if config.fpo.advantage == "q_minus_v" and config.fpo.value_latents == "stored":
         raise FpoError("fpo.advantage=q_minus_v with fpo.value_latents=stored is always 0; choose fresh latents.")

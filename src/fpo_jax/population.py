@@ -160,7 +160,7 @@ def rollout(
         env_keys = _merge(jax.vmap(partial(slot_keys, num_envs=num_envs))(keys))
         return record(together, decide(together, base, agent, carry, env_keys))
 
-    split = partial(jax.random.split, num=system.config.rollout.decisions)
+    split = partial(jax.random.split, num=system.decisions)
     carry, (transition, episodes) = jax.lax.scan(slot, _merge(state.rollout), jax.vmap(split, out_axes=1)(keys))
     transition = fill_next_state(together, base, carry, transition)
 

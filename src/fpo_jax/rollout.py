@@ -31,6 +31,11 @@ class System:
         clock = int(self.config.rollout.time_limit == "terminal")
         return Dims(state=self.base.feature_dim + clock, latent=self.latent_space.dim)
 
+    @property
+    def decisions(self) -> int:
+        """T: decisions per environment and iteration."""
+        return self.config.rollout.decisions or self.env.spec.decisions + 1
+
 
 class FeatureStats(NamedTuple):
     """Standardises the features of a base that asks for it; frozen before training begins, saved with the run."""

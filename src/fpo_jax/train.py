@@ -62,7 +62,7 @@ def init(system: System, base_params: Params) -> TrainState:
         if isinstance(system.env, HostedEnv):  # simulations that are elsewhere cannot be taken back
             carry = played
         finished, executed = (jnp.sum(x).astype(jnp.uint32) for x in (episodes.ended, episodes.executed))
-    play = partial(rollout, system, num_decisions=config.rollout.decisions)
+    play = partial(rollout, system, num_decisions=system.decisions)
     _, shapes, _ = jax.eval_shape(play, base, agent, carry, key)
     window = buffer.init(shapes, config.rollout.window)
     return TrainState(agent, base.features, carry, window, key, zero, finished, executed)
@@ -71,7 +71,7 @@ def init(system: System, base_params: Params) -> TrainState:
 def standardized(system: System, base: FrozenBase, carry: RolloutState) -> tuple[FrozenBase, RolloutState, Episodes]:
     """The base with its feature statistics, over whole episodes that it plays alone; what it left; these episodes."""
     alone = base_system(system)
-    decisions = max(system.config.rollout.decisions, system.env.spec.decisions)
+    decisions = max(system.decisions, system.env.spec.decisions)
     key = jax.random.fold_in(jax.random.key(system.config.seed), 3)  # `init` splits the same key in three
     played, transition, episodes = rollout(alone, base, fixed.base(alone.dims.latent), carry, key, decisions)
     size = system.base.feature_dim
@@ -130,7 +130,7 @@ def train_iteration(system: System, base_params: Params, state: TrainState) -> t
     """One round of Alg. 1: rollout, append to the window, update. Compiled once per run."""
     key, rollout_key, update_key = jax.random.split(state.key, 3)
     base = FrozenBase(base_params, state.features)
-    played = rollout(system, base, state.agent, state.rollout, rollout_key, system.config.rollout.decisions)
+    played = rollout(system, base, state.agent, state.rollout, rollout_key, system.decisions)
     return learn(system, state, played, key, update_key)
 
 
