@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import train as train_script
 
-from fpo_jax import parallel
+from fpo_jax import hosts
 from fpo_jax.policies import open_base
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.runs import load_run
+from fpo_jax.signals import TRY_AGAIN
 from test_parallel import close, python_environment
 
 HERE = Path(__file__).parent
@@ -100,7 +101,7 @@ _SIMULATORS = """
 import json
 import jax, numpy as np, tyro
 from dataclasses import replace
-from fpo_jax import parallel
+from fpo_jax import hosts, parallel
 from fpo_jax.config import TrainConfig
 from fpo_jax.policies import open_base
 from fpo_jax.provenance import tree_crc32
@@ -108,8 +109,8 @@ from fpo_jax.rollout import FrozenBase, rollout, start
 from tiny import keys
 from tiny_libero import LIBERO, base_system, fake_libero
 options = tyro.cli(TrainConfig).parallel
-parallel.connect(options)
-with parallel.using(parallel.make_mesh(options, 4)), parallel.one_for_all(), fake_libero() as env:
+hosts.connect(options)
+with parallel.using(parallel.make_mesh(options, 4)), hosts.one_for_all(ZeroDivisionError), fake_libero() as env:
     system = base_system(env, replace(LIBERO, num_envs=4))
     def play(keys, key):
         return rollout(system, FrozenBase({}), None, start(system, keys), key, 5)[1].state
@@ -148,11 +149,11 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(alone, tmp_pat
     began = time.monotonic()
     processes[victim].communicate()
     others = [process for index, process in enumerate(processes) if index != victim]
-    done = finish(others, seconds=4 * parallel.SILENCE_SECONDS)
-    assert time.monotonic() - began < 3 * parallel.SILENCE_SECONDS
+    done = finish(others, seconds=4 * hosts.SILENCE_SECONDS)
+    assert time.monotonic() - began < 3 * hosts.SILENCE_SECONDS
     assert all(code not in (0, None) for code, *_ in done), done
     if victim:  # where the first one is gone, JAX's own abort may be quicker
-        assert [code for code, *_ in done] == [parallel.PEER_LOST] * 3, done
+        assert [code for code, *_ in done] == [TRY_AGAIN] * 3, done
         assert all("the run is no longer whole" in errors for *_, errors in done), done
     finished = len(metrics(run_dir))
     resumed = [str(TRAIN), "--resume", "--run-dir", str(run_dir), "--iterations", str(finished + 2)]
