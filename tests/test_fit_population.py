@@ -68,6 +68,7 @@ def test_a_member_equals_the_run_of_its_seed_and_goes_on_alone(whole, tmp_path, 
     ("options", "sentence"),
     [
         (["--population.size", "0"], "population.size must be at least 1"),
+        (["--population.size", "2", "--parallel.fsdp", "0"], "parallel.fsdp must be at least 1"),
         (["--population.vary", "actor.hidden=8"], "only in numbers"),
         (["--population.size", "2", "--saving.wandb", "x"], "one run per process"),
     ],
