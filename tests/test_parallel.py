@@ -98,7 +98,7 @@ def test_one_program_for_all_iterations(alone, split):
     assert alone.compilations == split.compilations == []
 
 
-def test_what_two_devices_exchange():
+def test_what_two_devices_exchange(split):
     """Nothing in the rollout, all samples once for the update, and the gradients."""
     system = make_system()
     with parallel.using(TWO):
@@ -107,6 +107,7 @@ def test_what_two_devices_exchange():
             FrozenBase({}), state.agent, state.rollout, state.key
         )
         assert not re.search("all-|collective|reduce-scatter", compiled.compile().as_text())
+        assert "all-reduce" in split.iterate.lower({}, split.state).compile().as_text()  # so they would be seen
 
 
 def test_no_copy_between_host_and_device_in_an_iteration(alone, split):
@@ -345,3 +346,42 @@ def test_gpus_of_a_process(environment, installed, expected):
 def test_more_processes_than_gpus_is_one_sentence():
     with pytest.raises(FpoError, match="8 processes on this host see 2 GPUs: start one per GPU"):
         hosts.local_gpus(slurm(3), 2)
+
+
+class Store:
+    """The key-value store of JAX's coordination service, in this process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self.values[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: {key}")
+        return self.values[key]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (FpoError("no such base"), 2, "Error: no such base"),
+        (PermissionError(13, "Permission denied", "/runs"), 2, "Error: [Errno 13] Permission denied: '/runs'"),
+        (AssertionError(), 75, "no longer whole (AssertionError)"),
+    ],
+)
+def test_a_mistake_in_one_process_is_that_of_all(error, code, words, monkeypatch, capsys):
+    store = Store()
+    monkeypatch.setattr(hosts, "_store", lambda: store)
+    monkeypatch.setattr(hosts, "num_processes", lambda: 2)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left, hosts.one_for_all(ZeroDivisionError):
+        raise error
+    assert left.value.code == code and words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:  # another process, whose collective failed by that
+        hosts._leave("connection reset")
+    assert left.value.code == code and ("connection reset" if code == 75 else words) in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError), hosts.one_for_all(ZeroDivisionError):
+        raise ZeroDivisionError  # what all raise together
