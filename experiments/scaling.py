@@ -136,6 +136,7 @@ def row(args: Args, base: str, devices: int, counts: Counts, alone: Counts) -> s
 
 
 def main(args: Args) -> None:
+    jax.config.update("jax_platforms", "cpu")  # simulated devices, also where there is a GPU
     jax.config.update("jax_num_cpu_devices", max(args.devices))
     lines = []
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,9 @@ class TrialRun(tune.Trainable):
             return
         resume = ["--resume", "--run-dir", str(self.run_dir)]
         begun = (self.run_dir / "config.json").exists()
-        command = [sys.executable, str(TRAIN), *(resume if begun else command_line(space, settings, self.run_dir))]
+        options = resume if begun else command_line(space, settings, self.run_dir)
+        # Alone: the variables of SLURM around Ray are those of Ray's own processes.
+        command = [sys.executable, str(TRAIN), *options, "--parallel.hosts", "one"]
         with (self.run_dir / "trial.log").open("w") as log:
             self.process = subprocess.Popen(
                 command,
@@ -183,10 +186,19 @@ def connect(address: str | None, resources: dict[str, float]) -> None:
         if "timed out during startup" not in str(error) and "Failed to connect to GCS" not in str(error):
             raise
         raise FpoError("Ray did not start in time, as this machine is busy; the same command goes on.") from error
-    have = ray.cluster_resources()
-    for name, wanted in resources.items():
-        if wanted > have.get(name, 0):
-            raise FpoError(f"A trial asks for {wanted:g} {name}, there are {have.get(name, 0):g}; see --resources.")
+    check_resources(resources, ray.cluster_resources(), os.environ)
+
+
+def check_resources(wanted: Mapping[str, float], have: Mapping[str, float], environment: Mapping[str, str]) -> None:
+    """Raises FpoError where no machine could hold one trial, and where each trial would take every GPU."""
+    for name, count in wanted.items():
+        if count > have.get(name, 0):
+            raise FpoError(f"A trial asks for {count:g} {name}, there are {have.get(name, 0):g}; see --resources.")
+    if have.get("GPU") and not wanted.get("GPU") and environment.get("JAX_PLATFORMS") != "cpu":
+        raise FpoError(
+            f"There are {have['GPU']:g} GPUs and a trial asks for none, so each would take all of its machine: give "
+            "--resources.gpu 1, or set JAX_PLATFORMS=cpu."
+        )
 
 
 def search(

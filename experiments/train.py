@@ -6,8 +6,8 @@ python experiments/train.py --preset paper --seed 1
 
 python experiments/train.py --resume --run-dir runs/aloha_transfer_cube-default-s0
 
-Exit codes: 0 done; 2 a mistake, or a run that stopped itself; 75 stopped by SIGTERM: the same command goes on, given
---resume auto; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 a mistake, or a run that stopped itself; 75 stopped by SIGTERM, or because another process of the
+run was lost: the same command goes on, given --resume auto; 130 stopped by Ctrl-C.
 """
 
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from fpo_jax import hosts
 from fpo_jax.config import TrainConfig, preset
 from fpo_jax.evaluate import report
 from fpo_jax.fit import RunStopped, fit
@@ -24,6 +25,7 @@ from fpo_jax.fit_population import fit as fit_population
 from fpo_jax.fit_population import is_population
 from fpo_jax.fit_population import report as report_population
 from fpo_jax.runs import default_run_dir, read_config
+from fpo_jax.signals import stop_signals
 from fpo_jax.types import FpoError
 
 
@@ -65,17 +67,20 @@ def main(arguments: list[str]) -> int:
     console = Console()
     errors = Console(stderr=True)
     try:
-        config = parse(arguments)
-        result = (fit_population if is_population(config) else fit)(config, console)
+        with stop_signals():
+            config = parse(arguments)
+            result = (fit_population if is_population(config) else fit)(config, console)
     except RunStopped as stopped:
         errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         return stopped.exit_code
     except KeyboardInterrupt:
-        errors.print("Interrupted; what was saved before is whole: go on with --resume and the run's --run-dir.")
+        errors.print("Interrupted; what was saved before is whole: go on with --resume auto.")
         return 130
     except (FpoError, OSError) as error:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+    if not hosts.is_first():
+        return 0
     if result:
         text = report_population(result) if is_population(config) else report(result)
         console.print(text, markup=False, highlight=False, soft_wrap=True)

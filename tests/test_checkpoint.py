@@ -95,6 +95,15 @@ def test_best_may_go_back_after_a_resume(tmp_path):
     assert checkpoint.latest_step(tmp_path, "best") == 4
 
 
+def test_a_continuation_that_was_given_up_does_not_outlive_what_came_before(tmp_path):
+    tree = {"x": jnp.ones(3)}
+    for step in (5, 10, 6):  # the run went on from 5
+        checkpoint.save(tmp_path, step, tree, keep=2)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    checkpoint.forget_later(tmp_path, 5)
+    assert checkpoint.steps(tmp_path) == [5]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": jnp.ones(3)})
     checkpoint.save(tmp_path, 1, {"x": jnp.full(3, 2.0)})

@@ -96,6 +96,8 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
         (["--env", "point_mass", "--physics", "warp"], "has no physics 'warp'"),
         (["--env", "point_mass", "--latent.rank", "9"], "latent.rank is 9; choose 1 to 4"),
         (["--env", "point_mass", "--num-envs", "0"], "num_envs must be at least 1"),
+        (["--env", "point_mass", "--parallel.fsdp", "0"], "parallel.fsdp must be at least 1"),
+        (["--env", "point_mass", "--parallel.devices", "-1"], "parallel.devices must be at least 1"),
         (["--resume", "--run-dir", "nowhere"], "holds no run"),
     ],
 )

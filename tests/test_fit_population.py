@@ -41,11 +41,13 @@ def test_one_and_one_more_iteration_are_two(whole, tmp_path, capsys):
     parts = tmp_path / "parts"
     assert run([*POPULATION, "--iterations", 1, "--run-dir", parts], capsys)[0] == 0
     checkpoint.save(parts / "member_00", 2, {"x": np.zeros(3)})  # the process was killed before member_01 had its own
+    checkpoint.save(parts / "member_00", 7, {"x": np.zeros(3)}, keep=9)
     code, out, err = run(["--resume", "--run-dir", parts, "--iterations", 2], capsys)
     assert code == 0, err
     assert "resuming after iteration 1" in out and "member_01 (seed 1)" in out
     for member in ("member_00", "member_01"):
         assert_same_run(whole / member, parts / member)
+        assert checkpoint.steps(parts / member) == [1, 2]
     before = metrics(parts / "member_00")
     assert run(["--resume", "auto", "--run-dir", parts], capsys)[0] == 0
     assert run(["--resume", "yes", "--run-dir", parts], capsys)[0] == 2
@@ -68,6 +70,7 @@ def test_a_member_equals_the_run_of_its_seed_and_goes_on_alone(whole, tmp_path, 
     ("options", "sentence"),
     [
         (["--population.size", "0"], "population.size must be at least 1"),
+        (["--population.size", "2", "--parallel.fsdp", "0"], "parallel.fsdp must be at least 1"),
         (["--population.vary", "actor.hidden=8"], "only in numbers"),
         (["--population.size", "2", "--saving.wandb", "x"], "one run per process"),
     ],

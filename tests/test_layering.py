@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "fpo_jax"
 # A module imports modules of lower rank, of its own folder, and of its own rank where that is a rank of siblings.
 RANKS = [
     {"types", "config"},
-    {"flow", "latent", "critic", "networks", "metrics", "parallel", "buffer", "demos", "images", "health", "signals"},
+    {"flow", "latent", "critic", "networks", "metrics", "hosts", "parallel", "buffer", "demos", "images"}
+    | {"health", "signals"},
     {"envs", "policies", "algorithms"},
     {"clone"},
     {"clone_pi0", "rollout"},
@@ -24,8 +25,8 @@ RANKS = [
 SIBLINGS = {0, 1, 5}  # environments, policies and algorithms never import each other
 # Leaves, with what they may import; only LEAF_USERS and experiments import a leaf.
 LEAVES = {
-    "checkpoint": {"types", "config", "parallel"},
-    "saver": {"checkpoint", "parallel"},
+    "checkpoint": {"types", "hosts"},
+    "saver": {"checkpoint", "hosts"},
     "analysis": {"types", "config", "latent", "metrics"},
     "provenance": {"types"},
     "sweeps": {"types", "config"},

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, flow, parallel, train
+from fpo_jax import checkpoint, flow, hosts, parallel, train
 from fpo_jax.algorithms import fpo
 from fpo_jax.config import ParallelOptions
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
@@ -96,7 +98,7 @@ def test_one_program_for_all_iterations(alone, split):
     assert alone.compilations == split.compilations == []
 
 
-def test_what_two_devices_exchange():
+def test_what_two_devices_exchange(split):
     """Nothing in the rollout, all samples once for the update, and the gradients."""
     system = make_system()
     with parallel.using(TWO):
@@ -105,6 +107,7 @@ def test_what_two_devices_exchange():
             FrozenBase({}), state.agent, state.rollout, state.key
         )
         assert not re.search("all-|collective|reduce-scatter", compiled.compile().as_text())
+        assert "all-reduce" in split.iterate.lower({}, split.state).compile().as_text()  # so they would be seen
 
 
 def test_no_copy_between_host_and_device_in_an_iteration(alone, split):
@@ -275,18 +278,110 @@ def test_what_cannot_be_split_is_one_sentence():
         mesh(5)
     with pytest.raises(FpoError, match=r"--parallel.devices is 3, but this machine has 2"):
         mesh(devices=3)
-    with pytest.raises(FpoError, match=r"--parallel.fsdp is 3, which does not divide the 2 devices"):
+    with pytest.raises(FpoError, match=r"--parallel.fsdp is 3, which does not divide the devices"):
         mesh(fsdp=3)
+
+
+def test_a_base_is_split_within_a_process_whatever_the_order_of_devices():
+    devices = [SimpleNamespace(process_index=index % 2, id=index) for index in range(8)]
+    assert [[device.id for device in row] for row in parallel._rows(devices, 2)] == [[0, 2], [4, 6], [1, 3], [5, 7]]
+    with pytest.raises(FpoError, match=r"--parallel.fsdp is 2, which does not divide the devices of each process"):
+        parallel._rows([SimpleNamespace(process_index=index // 3, id=index) for index in range(6)], 2)
 
 
 def test_an_address_is_whole_or_left_out():
     with pytest.raises(FpoError, match="need all three of --parallel"):
-        parallel.connect(ParallelOptions(coordinator="localhost:1"))
-    parallel.connect(ParallelOptions())  # nothing announces others
+        hosts.connect(ParallelOptions(coordinator="localhost:1"))
+    hosts.connect(ParallelOptions())  # nothing announces others
+    for address in ("first-machine", "first-machine:", "first:machine:1", ":8476", "http://first:8476"):
+        with pytest.raises(FpoError, match="give host:port of process 0"):
+            hosts.connect(ParallelOptions(coordinator=address, num_processes=2, process_id=1))
+    with pytest.raises(FpoError, match="process-id is 2: processes are numbered from 0"):
+        hosts.connect(ParallelOptions(coordinator="[::1]:8476", num_processes=2, process_id=2))
+
+
+def test_a_process_0_that_is_not_there_is_one_sentence():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(FpoError, match=rf"No process 0 at {address} after 0 s .*: start it there"):
+            hosts._reach(address, 0.0)
+        server.listen()
+        hosts._reach(address, 0.0)
 
 
 def test_announced_processes():
-    assert parallel.tasks_announced({}) == 1
-    assert parallel.tasks_announced({"SLURM_STEP_NUM_TASKS": "4"}) == 1  # a shell on a login node
-    assert parallel.tasks_announced({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}) == 4
-    assert parallel.tasks_announced({"OMPI_COMM_WORLD_SIZE": "3"}) == 3
+    assert hosts.tasks_announced({}) == 1
+    assert hosts.tasks_announced({"SLURM_STEP_NUM_TASKS": "4"}) == 1  # a shell on a login node
+    assert hosts.tasks_announced({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}) == 4
+    assert hosts.tasks_announced({"OMPI_COMM_WORLD_SIZE": "3"}) == 3
+
+
+def slurm(task=0, per_node="8(x4)", node=0, **more):
+    return {"SLURM_LOCALID": str(task), "SLURM_STEP_TASKS_PER_NODE": per_node, "SLURM_NODEID": str(node)} | more
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "expected"),
+    [
+        ({}, 8, None),  # nothing says how many processes there are on this host
+        (slurm(), 0, None),  # no GPU
+        (slurm(CUDA_VISIBLE_DEVICES="-1"), 8, None),
+        (slurm(per_node="1(x4)"), 8, [*range(8)]),  # one process per host
+        (slurm(per_node="2,1(x3)", node=2), 8, [*range(8)]),
+        (slurm(3), 8, [3]),  # one per GPU, all of which it sees
+        (slurm(3, CUDA_VISIBLE_DEVICES="3"), 8, [0]),  # --gpus-per-task=1: it sees its own only
+        (slurm(1, "2", CUDA_VISIBLE_DEVICES="4,5", SLURM_GPUS_PER_TASK="h200:2"), 8, [0, 1]),
+        (slurm(1, "2", CUDA_VISIBLE_DEVICES="0,1,2,3"), 8, [2, 3]),  # each its share
+        ({"SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "4"}, 4, [2]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, 8, [*range(8)]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "5"}, 8, [5]),
+        (slurm(3, JAX_LOCAL_DEVICE_IDS="1,6"), 8, [1, 6]),  # JAX's own way of saying it
+    ],
+)
+def test_gpus_of_a_process(environment, installed, expected):
+    assert hosts.local_gpus(environment, installed) == expected
+
+
+def test_more_processes_than_gpus_is_one_sentence():
+    with pytest.raises(FpoError, match="8 processes on this host see 2 GPUs: start one per GPU"):
+        hosts.local_gpus(slurm(3), 2)
+
+
+class Store:
+    """The key-value store of JAX's coordination service, in this process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self.values[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: {key}")
+        return self.values[key]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (FpoError("no such base"), 2, "Error: no such base"),
+        (PermissionError(13, "Permission denied", "/runs"), 2, "Error: [Errno 13] Permission denied: '/runs'"),
+        (AssertionError(), 75, "no longer whole (AssertionError)"),
+    ],
+)
+def test_a_mistake_in_one_process_is_that_of_all(error, code, words, monkeypatch, capsys):
+    store = Store()
+    monkeypatch.setattr(hosts, "_store", lambda: store)
+    monkeypatch.setattr(hosts, "num_processes", lambda: 2)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left, hosts.one_for_all(ZeroDivisionError):
+        raise error
+    assert left.value.code == code and words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:  # another process, whose collective failed by that
+        hosts._leave("connection reset")
+    assert left.value.code == code and ("connection reset" if code == 75 else words) in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError), hosts.one_for_all(ZeroDivisionError):
+        raise ZeroDivisionError  # what all raise together

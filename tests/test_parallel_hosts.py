@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import train as train_script
 
-from fpo_jax import parallel
+from fpo_jax import checkpoint, hosts
 from fpo_jax.policies import open_base
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.runs import load_run
-from test_parallel import close, python_environment
+from fpo_jax.signals import TRY_AGAIN
+from test_parallel import python_environment
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "experiments" / "train.py"
@@ -66,13 +68,6 @@ def metrics(run_dir: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.endswith("_seconds")} for line in lines]
 
 
-def assert_same_curve(ours: Path, theirs: Path) -> None:
-    for one, other in zip(metrics(ours), metrics(theirs), strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            np.testing.assert_allclose(np.float64(other[name]), np.float64(value), rtol=1e-4, atol=1e-5, err_msg=name)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Two iterations in this process, on its two devices."""
@@ -81,26 +76,47 @@ def alone(tmp_path_factory):
     return run_dir
 
 
-def test_two_processes_train_as_one(alone, tmp_path):
+def wait_for_metrics(run_dir: Path, count: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 400
+    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < count:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+
+
+def test_two_processes_train_as_one_and_stop_as_one(alone, tmp_path):
     run_dir = tmp_path / "run"
-    done = finish(start(2, [str(TRAIN), *TINY, "--iterations", "2", "--run-dir", str(run_dir)]))
-    assert [code for code, *_ in done] == [0, 0], done
-    assert "iteration 2/2" in done[0][1] and "iteration" not in done[1][1]  # the first one talks
-    assert_same_curve(run_dir, alone)
-    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (run_dir, alone))
+    processes = start(2, [str(TRAIN), *TINY, "--iterations", "100000", "--run-dir", str(run_dir)])
+    wait_for_metrics(run_dir, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    stopped = finish(processes)
+    assert [code for code, *_ in stopped] == [TRY_AGAIN] * 2, stopped
+    done = checkpoint.latest_step(run_dir)
+    assert done == len(metrics(run_dir))
+    assert all(f"SIGTERM; the state after iteration {done} is saved" in errors for *_, errors in stopped)
+    assert "Waiting for the 1 other processes" in stopped[0][1] and "2 of 2 devices, 1 in the first" in stopped[0][1]
+    for one, other in zip(metrics(run_dir)[:2], metrics(alone), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(np.float64(other[name]), np.float64(value), rtol=1e-4, atol=1e-5, err_msg=name)
+    # Two processes go on to the evaluation, and so does this one from a copy, on its two devices.
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    resume = ["--resume", "--iterations", str(done), "--run-dir"]
+    ended = finish(start(2, [str(TRAIN), *resume, str(run_dir)]))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert "tuned -    base: " in ended[0][1] and ended[1][1] == stopped[1][1] == ""  # the first one talks
+    assert train_script.main([*resume, str(copy)]) == 0
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (run_dir, copy))
     assert ours["tuned"] == pytest.approx(theirs["tuned"], nan_ok=True)
     assert {path.name for path in run_dir.iterdir()} == {path.name for path in alone.iterdir()}
     # Its checkpoint fits one process and one device.
-    restored, expected = load_run(run_dir)[3], load_run(alone)[3]
-    close(restored, expected, 1e-4)
-    assert len(restored.key.sharding.device_set) == 1
+    assert len(load_run(run_dir)[3].key.sharding.device_set) == 1
 
 
 _SIMULATORS = """
 import json
 import jax, numpy as np, tyro
 from dataclasses import replace
-from fpo_jax import parallel
+from fpo_jax import hosts, parallel
 from fpo_jax.config import TrainConfig
 from fpo_jax.policies import open_base
 from fpo_jax.provenance import tree_crc32
@@ -108,8 +124,8 @@ from fpo_jax.rollout import FrozenBase, rollout, start
 from tiny import keys
 from tiny_libero import LIBERO, base_system, fake_libero
 options = tyro.cli(TrainConfig).parallel
-parallel.connect(options)
-with parallel.using(parallel.make_mesh(options, 4)), parallel.one_for_all(), fake_libero() as env:
+hosts.connect(options)
+with parallel.using(parallel.make_mesh(options, 4)), hosts.one_for_all(ZeroDivisionError), fake_libero() as env:
     system = base_system(env, replace(LIBERO, num_envs=4))
     def play(keys, key):
         return rollout(system, FrozenBase({}), None, start(system, keys), key, 5)[1].state
@@ -140,19 +156,16 @@ def test_when_one_process_dies_the_others_end_and_the_run_goes_on(alone, tmp_pat
     run_dir = tmp_path / "run"
     endless = [str(TRAIN), *TINY, "--iterations", "100000", "--run-dir", str(run_dir)]
     processes = start(4, endless)
-    deadline = time.monotonic() + 400
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 2:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.2)
+    wait_for_metrics(run_dir, 2, processes)
     os.kill(processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
     processes[victim].communicate()
     others = [process for index, process in enumerate(processes) if index != victim]
-    done = finish(others, seconds=4 * parallel.SILENCE_SECONDS)
-    assert time.monotonic() - began < 3 * parallel.SILENCE_SECONDS
+    done = finish(others, seconds=4 * hosts.SILENCE_SECONDS)
+    assert time.monotonic() - began < 3 * hosts.SILENCE_SECONDS
     assert all(code not in (0, None) for code, *_ in done), done
     if victim:  # where the first one is gone, JAX's own abort may be quicker
-        assert [code for code, *_ in done] == [parallel.PEER_LOST] * 3, done
+        assert [code for code, *_ in done] == [TRY_AGAIN] * 3, done
         assert all("the run is no longer whole" in errors for *_, errors in done), done
     finished = len(metrics(run_dir))
     resumed = [str(TRAIN), "--resume", "--run-dir", str(run_dir), "--iterations", str(finished + 2)]

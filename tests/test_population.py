@@ -93,12 +93,18 @@ def test_members_are_all_seeds_of_each_setting():
         ("rollout.gamma=.9,.99", "cannot differ in 'rollout.gamma'"),
         ("fpo.epsilon=a,b", "neither a list"),
         ("fpo.epsilon=.1:.2", "neither a list"),
+        ("fpo.epsilon=.1:.2:0", "count of at least 1"),
         ("fpo.epsilon=.1,-.2", "fpo.epsilon must be greater than 0"),
     ],
 )
 def test_settings_that_cannot_vary_get_one_sentence(vary, sentence):
     with pytest.raises(FpoError, match=sentence):
         population.members(with_population(TINY, 1, (vary,)))
+
+
+def test_a_setting_varies_once():
+    with pytest.raises(FpoError, match="names a setting twice"):
+        population.members(with_population(TINY, 1, ("actor.learning-rate=.1", "actor.learning_rate=.2")))
 
 
 def test_bases_and_environments_that_do_not_fit_are_refused():

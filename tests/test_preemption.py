@@ -16,7 +16,7 @@ import pytest
 import train as train_script
 
 from fpo_jax import checkpoint
-from fpo_jax.signals import PREEMPTED
+from fpo_jax.signals import TRY_AGAIN
 from test_cli import POINT_MASS, assert_same_run, metrics, run
 
 TRAIN = Path(train_script.__file__)
@@ -60,7 +60,7 @@ class Job:
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
             return "while saving" if list(self.run_dir.rglob("*.partial")) else "between saves"
-        assert code == PREEMPTED
+        assert code == TRY_AGAIN
         done = int(re.search(r"SIGTERM; the state after iteration (\d+) is saved", self.log.read_text())[1])
         assert checkpoint.latest_step(self.run_dir) == done == self.lines()
         return "told to stop"

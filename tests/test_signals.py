@@ -4,11 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 
+from fpo_jax import fit, fit_population, signals
 from fpo_jax.signals import stop_signals
+from fpo_jax.types import FpoError
+from tiny import TINY
 
 SCRIPT = """
 import signal, sys, jax, jax.numpy as jnp
@@ -79,3 +84,27 @@ def test_one_signal_is_noted_and_the_former_handlers_come_back():
 def test_ctrl_c_is_pythons_own_where_nothing_is_to_be_saved():
     with pytest.raises(KeyboardInterrupt), stop_signals():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("module", [fit, fit_population])
+def test_sigterm_while_a_run_begins_leaves_at_once(module, monkeypatch, tmp_path):
+    left, codes = threading.Event(), []
+
+    def leave(received):
+        codes.append(signals.exit_code(received))
+        left.set()
+
+    def build(config):
+        signal.raise_signal(signal.SIGTERM)
+        assert left.wait(10)
+        raise FpoError("the end of this test")
+
+    monkeypatch.setattr(signals, "_leave", leave)
+    monkeypatch.setattr(module, "build", build)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that a failure does not end the tests
+    try:
+        with pytest.raises(FpoError, match="the end of this test"):
+            module.fit(replace(TINY, run_dir=str(tmp_path / "r")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert codes == [75]

@@ -18,6 +18,7 @@ import sweep as sweep_script
 import train as train_script
 
 from fpo_jax import sweep_report, sweeps
+from fpo_jax.types import FpoError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROOT = Path(sweep_script.__file__).parents[1]
@@ -139,6 +140,8 @@ def test_the_shipped_space_is_valid():
         ("{evaluation.video: 1}", "{fpo.epsilon: {uniform: [0.1, 0.2]}}", "it takes true or false"),
         ("{preset: papper}", "{fpo.epsilon: {uniform: [0.1, 0.2]}}", "did you mean 'paper'?"),
         ("{run_dir: x}", "{fpo.epsilon: {uniform: [0.1, 0.2]}}", "run_dir is the sweep's to decide"),
+        ("{population.size: 2}", "{fpo.epsilon: {uniform: [0.1, 0.2]}}", "single run; vary the seed instead"),
+        ("{}", "{parallel.hosts: {choice: [one, many]}}", "a trial is a single process"),
         ("{fpo.epsilon: 0.1}", "{fpo.epsilon: {uniform: [0.1, 0.2]}}", "each option may stand once"),
         ("{}", "{fpo.beta: {uniform: [0.1, 0.2], when: {fpo.ratio: paper}}}", "when names fpo.ratio"),
         ("{}", "{}", "names no parameters to search"),
@@ -306,6 +309,8 @@ def test_a_run_without_evaluation_is_finished_by_its_last_iteration(tmp_path):
     assert sweep_report.read_trial(run_dir).outcome == "unfinished"
     (run_dir / "config.json").write_text(json.dumps(config | {"iterations": 19}))
     assert sweep_report.read_trial(run_dir).outcome == "finished"
+    (run_dir / "metrics.jsonl").unlink()
+    assert sweep_report.read_trial(run_dir).outcome == "unfinished"
 
 
 def test_settings_that_are_lists_survive_the_trip_through_json(tmp_path):
@@ -336,6 +341,20 @@ def test_a_resumed_search_compares_with_the_trials_before(fake_sweep):
     other = SimpleNamespace(trial_id="other")
     scheduler.on_trial_add(None, other)
     assert scheduler.on_trial_result(None, other, {"episodes": 20, "success_rate": 0.6}) == "CONTINUE"
+
+
+def test_a_trial_does_not_take_gpus_nobody_gave_it():
+    pytest.importorskip("ray")
+    pytest.importorskip("optuna")
+    import sweep_ray
+
+    sweep_ray.check_resources({"CPU": 2.0}, {"CPU": 2.0}, {})
+    sweep_ray.check_resources({"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 8.0}, {})
+    sweep_ray.check_resources({"CPU": 2.0}, {"CPU": 8.0, "GPU": 8.0}, {"JAX_PLATFORMS": "cpu"})
+    with pytest.raises(FpoError, match="A trial asks for 4 CPU, there are 2"):
+        sweep_ray.check_resources({"CPU": 4.0}, {"CPU": 2.0}, {})
+    with pytest.raises(FpoError, match="each would take all of its machine"):
+        sweep_ray.check_resources({"CPU": 2.0}, {"CPU": 8.0, "GPU": 8.0}, {})
 
 
 TINY_SPACE = """

@@ -11,8 +11,8 @@ and of one checkpoint:
     manifest.json         shape, dtype and PRNG kind of every array; size and CRC-32 of every file
 
 A checkpoint is written as `.<step>.partial` and renamed when the manifest is on disk, so a directory whose name is a
-number is complete; the checksums find what was damaged later. Nothing is pickled. `save` returns when that is done,
-`saver.Saver.save` when the arrays have left the device.
+number is complete; the checksums find what was damaged later. Nothing is pickled. Runs write theirs by `saver.Saver`,
+which goes on when the arrays have left the device; `save` waits for the disk, for scripts and tests.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from fpo_jax import parallel
+from fpo_jax import hosts
 from fpo_jax.types import FpoError
 
 Shelf = Literal["checkpoints", "best", "milestones"]
@@ -61,7 +61,7 @@ def save(
     Raises FpoError when the disk is full; earlier checkpoints are then still there.
     """
     path = begin(run_dir, step, tree, shelf, keep, config, extra).finish()
-    parallel.wait_for_all("the checkpoint is whole")
+    hosts.wait_for_all("the checkpoint is whole")
     return path
 
 
@@ -112,7 +112,7 @@ def begin(
                 (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             if extra:
                 np.savez(partial / "extra.npz", allow_pickle=False, **dict(extra))
-        parallel.wait_for_all("the checkpoint's directory is there")
+        hosts.wait_for_all("the checkpoint's directory is there")
         checkpointer = ocp.StandardCheckpointer()
         # Orbax refuses arrays of size 0; their shape and dtype are in the manifest, and there is nothing else.
         checkpointer.save(partial / "state", {name: x for name, x in arrays.items() if x.size})
@@ -130,7 +130,7 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
         if _is_disk_full(error):
             raise FpoError(
                 f"The disk became full while a checkpoint was being written to {partial.parent}; earlier checkpoints "
-                "are untouched: free some space and go on with --resume."
+                "are untouched: free some space and go on with --resume auto."
             ) from error
         raise
 
@@ -195,6 +195,11 @@ def load_extra(run_dir: str | Path, step: int, *, shelf: Shelf = "milestones") -
         return {}
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def forget_later(run_dir: str | Path, step: int) -> None:
+    """Delete the rolling checkpoints after `step`, where a run goes on from there."""
+    _delete_later(Path(run_dir) / "checkpoints", step)
 
 
 # --- leaves ---------------------------------------------------------------------------------------------------------
@@ -318,14 +323,24 @@ def _sync_directory(folder: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; the one just written always stays."""
+    """Delete all but the newest `keep` checkpoints up to `step`, the one just written.
+
+    Later ones are of a continuation that was given up: they would outlive those that `step` came from.
+    """
     for partial in folder.glob(".*.partial"):  # of processes that were killed; later steps may be on their way
         if int(partial.name.split(".")[1]) <= step:
             shutil.rmtree(partial, ignore_errors=True)
     if keep is not None:
-        others = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) != step)
-        for old_step in others[: max(len(others) - max(keep - 1, 0), 0)]:
+        _delete_later(folder, step)
+        kept = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+        for old_step in kept[: -max(keep, 1)]:
             shutil.rmtree(folder / str(old_step), ignore_errors=True)
+
+
+def _delete_later(folder: Path, step: int) -> None:
+    for name in [path.name for path in folder.iterdir()] if folder.is_dir() else []:
+        if name.isdigit() and int(name) > step:
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _require_disk(folder: Path, size_bytes: int) -> None:
@@ -335,7 +350,7 @@ def _require_disk(folder: Path, size_bytes: int) -> None:
         raise FpoError(
             f"Not enough disk space for a checkpoint in {folder}: it needs {size_bytes / 1e6:.0f} MB and "
             f"{_DISK_RESERVE_BYTES / 1e6:.0f} MB in reserve, {free / 1e6:.0f} MB are free; free some and go on with "
-            "--resume."
+            "--resume auto."
         )
 
 

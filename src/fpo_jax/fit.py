@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fpo_jax import analysis, checkpoint, parallel, train
-from fpo_jax.config import ParallelOptions, TrainConfig, to_dict
+from fpo_jax import analysis, checkpoint, hosts, parallel, train
+from fpo_jax.config import ParallelOptions, TrainConfig, check, to_dict
 from fpo_jax.evaluate import Evaluator, Outcomes, compare
 from fpo_jax.health import COLLAPSE_WINDOW, failure
 from fpo_jax.metrics import Interval, RunLogger, read_jsonl
 from fpo_jax.provenance import write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
-from fpo_jax.runs import base_crc32, build, default_run_dir, holds_run, load_run, resume_advice, settled
+from fpo_jax.runs import base_crc32, build, default_run_dir, holds_run, load_run, lock, resume_advice, settled
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
@@ -50,25 +51,32 @@ class Run:
     def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger, saver: Saver):
         self.config, self.run_dir, self.logger, self.saver = config, run_dir, logger, saver
         self.saved: int | None = None  # the newest rolling checkpoint of this process
+        # Of this start only: a run that goes on after a collapse is not judged by what was before.
         self.recent: deque[Mapping[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
+        self.newest_rates: deque[float] = deque(maxlen=3)
         self.first_rates: list[float] = []  # success of the first three iterations in which an episode ended
         self.best_rate = -1.0
 
     def note(self, record: Mapping[str, float]) -> str | None:
         """Take a record into the books; returns why the run should stop, or None."""
         self.recent.append(record)
-        if len(self.first_rates) < 3 and math.isfinite(record["success_rate"]):
-            self.first_rates.append(record["success_rate"])
+        self._note_rate(record["success_rate"])
         return failure(self.recent, float(np.mean(self.first_rates or [0.0])))
+
+    def _note_rate(self, rate: float) -> None:
+        self.newest_rates.append(rate)
+        if len(self.first_rates) < 3 and math.isfinite(rate):
+            self.first_rates.append(rate)
 
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Take up the books of the iterations before a resume."""
         for record in records:
-            self.note({k: math.nan if v is None else v for k, v in record.items() if not isinstance(v, str)})
+            rate = record["success_rate"]
+            self._note_rate(math.nan if rate is None else rate)
             self.best_rate = max(self.best_rate, self._recent_rate())
 
     def _recent_rate(self) -> float:
-        rates = [r["success_rate"] for r in list(self.recent)[-3:] if math.isfinite(r["success_rate"])]
+        rates = [rate for rate in self.newest_rates if math.isfinite(rate)]
         return float(np.mean(rates)) if len(rates) == 3 else -1.0
 
     def save(self, state: TrainState, shelf: checkpoint.Shelf = "checkpoints") -> None:
@@ -79,16 +87,25 @@ class Run:
             self.saved, keep = step, self.config.saving.keep
         self.saver.save(self.run_dir, step, state, shelf=shelf, keep=keep, config=to_dict(self.config))
 
+    def due(self, step: int) -> set[str]:
+        """The shelves on which something belongs after iteration `step`."""
+        saving, last = self.config.saving, step == self.config.iterations
+        found = {
+            "milestones": saving.milestone_every and ((step - 1) % saving.milestone_every == 0 or last),
+            "best": self._recent_rate() > self.best_rate,
+            "checkpoints": step % saving.every == 0 or last,
+        }
+        return {shelf for shelf, is_due in found.items() if is_due}
+
     def save_what_is_due(self, before: TrainState, state: TrainState) -> None:
         """Rolling, best and milestone checkpoints. The newest rollout of `state` was gathered by `before.agent`."""
-        saving, step = self.config.saving, int(state.iteration)
-        last = step == self.config.iterations
-        if saving.milestone_every and ((step - 1) % saving.milestone_every == 0 or last):
+        due = self.due(int(state.iteration))
+        if "milestones" in due:
             self._save_milestone(before, state)
-        if (rate := self._recent_rate()) > self.best_rate:
-            self.best_rate = rate
+        if "best" in due:
+            self.best_rate = self._recent_rate()
             self.save(before, "best")
-        if step % saving.every == 0 or last:
+        if "checkpoints" in due:
             self.save(state)
 
     def _save_milestone(self, before: TrainState, state: TrainState) -> None:
@@ -109,7 +126,7 @@ class Run:
         self.save(state)
         self.saver.wait()
         step = int(state.iteration)
-        if exit_code == _FAILED and parallel.is_first():
+        if exit_code == _FAILED and hosts.is_first():
             write_json(self.run_dir / "stopped.json", {"iteration": step, "reason": reason})
         return RunStopped(f"{reason}; the state after iteration {step} is saved in {self.run_dir}. {advice}", exit_code)
 
@@ -119,19 +136,27 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 
     Raises FpoError for what the user can mend, RunStopped when the run ended early with its state saved.
     """
-    parallel.connect(config.parallel)
-    with parallel.using(parallel.make_mesh(config.parallel, config.num_envs)), parallel.one_for_all():
-        return _fit(settled(config), console if parallel.is_first() else None)
+    check(config)
+    with stop_signals() as stop:
+        hosts.connect(config.parallel)
+        with (
+            hosts.one_for_all(RunStopped),
+            parallel.using(parallel.make_mesh(config.parallel, config.num_envs)),
+            ExitStack() as stack,
+        ):
+            return _fit(settled(config), console if hosts.is_first() else None, stop, stack)
 
 
-def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
+def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) -> dict[str, Any]:
     run_dir = Path(config.run_dir or default_run_dir(config))
     say = console.print if console else lambda *_, **__: None
     begun = holds_run(config, run_dir)
+    hosts.require_same(begun, f"whether {run_dir} holds a run: give a --run-dir that all of them share")
     if begun and config.resume == "auto" and (result := _finished(config, run_dir)):
         say(f"{run_dir} is finished; nothing is left to do.", markup=False)
         return result
     if begun:
+        stack.enter_context(lock(run_dir, begun))
         step, system, base_params, state = _resume(config, run_dir)
     else:
         if config.base:
@@ -140,8 +165,8 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
         if system.base.standardize:
             say("Playing the base once for the statistics of its features ...")
         step, state = None, _begin(system, base_params)
+        stack.enter_context(lock(run_dir, begun))  # not before: a mistake leaves no directory
     with (
-        stop_signals() as stop,
         Saver() as saver,
         RunLogger(
             run_dir,
@@ -151,10 +176,10 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
             wandb_project=config.saving.wandb,
             config=to_dict(config),
             console=console,
-            silent=not parallel.is_first(),
+            silent=not hosts.is_first(),
         ) as logger,
     ):
-        parallel.wait_for_all("the metrics file is open")
+        hosts.wait_for_all("the metrics file is open")
         run = Run(config, run_dir, logger, saver)
         run.replay(read_jsonl(logger.metrics_path))
         if step is None:
@@ -162,16 +187,16 @@ def _fit(config: TrainConfig, console: Any) -> dict[str, Any]:
             saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
         checksum = base_crc32(base_params)
-        if parallel.is_first():
+        if hosts.is_first():
             write_provenance(run_dir, checksum, system.env.spec.protocol)
             write_json(run_dir / "config.json", to_dict(replace(config, resume="no", parallel=ParallelOptions())))
         logger.print(_opening(system, run_dir, step))
         with stop.deferred():
             state = _loop(system, base_params, state, run, stop)
-        if number := parallel.largest(stop.received or 0):
-            received = signal.Signals(number)
-            raise run.stop(state, f"Stopped by {received.name}", resume_advice(run_dir), exit_code(received))
-        saver.wait()
+            saver.wait()
+            if number := hosts.largest(stop.received or 0):
+                received = signal.Signals(number)
+                raise run.stop(state, f"Stopped by {received.name}", resume_advice(run_dir), exit_code(received))
         return _finish(system, base_params, state, run)
 
 
@@ -199,13 +224,13 @@ def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
 
 
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
-    _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint)
+    _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint, libero=config.libero)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
     if step > config.iterations or finished:
         raise FpoError(f"{run_dir} already has {step} iterations; give a larger --iterations to go on.")
-    parallel.wait_for_all("the run's files are read")
-    if parallel.is_first():
+    hosts.wait_for_all("the run's files are read")
+    if hosts.is_first():
         for stale in ("stopped.json", "evaluation.json"):
             (run_dir / stale).unlink(missing_ok=True)
     return step, replace(system, config=config), base.params, state
@@ -215,11 +240,19 @@ def _opening(system: System, run_dir: Path, step: int | None) -> str:
     config, spec = system.config, system.env.spec
     begin = f"resuming after iteration {step}" if step else "compiling the first iteration"
     return (
-        f"{config.algorithm} on {spec.name} ({type(system.env).__name__}, {jax.default_backend()}), preset "
+        f"{config.algorithm} on {spec.name} ({type(system.env).__name__}, {jax.default_backend()}{_devices()}), preset "
         f"{config.preset}, {config.num_envs} environments, {_base_in_words(system)}latent {config.latent.space} "
         f"D={system.dims.latent}; "
         f"run directory {run_dir}; {begin} ..."
     )
+
+
+def _devices() -> str:
+    if jax.device_count() == 1:
+        return ""
+    used, count = parallel.num_devices(), hosts.num_processes()
+    processes = f", {jax.local_device_count()} in the first of {count} processes" if count > 1 else ""
+    return f", {used} of {jax.device_count()} devices{processes}"
 
 
 def _base_in_words(system: System) -> str:
@@ -240,7 +273,7 @@ def _loop(system: System, base_params: Params, state: TrainState, run: Run, stop
         record = {name: value.item() for name, value in jax.device_get(metrics).items()}
         record["iteration_seconds"] = time.perf_counter() - began
         if isinstance(system.env, HostedEnv):
-            record |= parallel.total(system.env.report())
+            record |= hosts.total(system.env.report())
         reason = run.note(record)
         run.logger.log(record)
         if problem := _problem(system):  # this iteration lacks episodes
@@ -252,7 +285,7 @@ def _loop(system: System, base_params: Params, state: TrainState, run: Run, stop
         run.save_what_is_due(before, state)
         if reason and config.saving.stop_on_collapse:
             raise run.stop(state, f"Training stopped: {reason}", _ADVICE, _FAILED)
-        if parallel.largest(stop.received or 0):
+        if hosts.largest(stop.received or 0):
             break
     return state
 
@@ -262,7 +295,7 @@ def _problem(system: System) -> str | None:
     if not isinstance(system.env, HostedEnv):
         return None
     problem = system.env.problem()
-    if not parallel.largest(problem is not None):
+    if not hosts.largest(problem is not None):
         return None
     return problem or "The simulators of another process cannot go on"
 
@@ -272,7 +305,7 @@ _ADVICE = "Try a smaller --actor.learning-rate or --fpo.epsilon in a new run."
 
 def _finish(system: System, base_params: Params, state: TrainState, run: Run) -> dict[str, Any]:
     """Paired evaluation, learning curve and video."""
-    settings, first = system.config.evaluation, parallel.is_first()
+    settings, first = system.config.evaluation, hosts.is_first()
     if settings.episodes == 0:
         if first:
             learning_curve(run, None)
@@ -292,7 +325,7 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
 def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree, run: Run) -> None:
     """By the first process, on one device of its own; the others wait at the end of the run."""
     seen, agent = parallel.here((evaluator.base, agent))
-    if not parallel.is_first():
+    if not hosts.is_first():
         return
     with parallel.using(None):
         settings = run.config.evaluation

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fpo_jax import checkpoint, parallel, population, train
-from fpo_jax.config import ParallelOptions, PopulationOptions, TrainConfig, to_dict
+from fpo_jax import checkpoint, hosts, population, train
+from fpo_jax.config import ParallelOptions, PopulationOptions, TrainConfig, check, to_dict
 from fpo_jax.evaluate import Evaluator, compare
 from fpo_jax.fit import Run, RunStopped, learning_curve
 from fpo_jax.metrics import Interval, ProgressLine, RunLogger, read_jsonl
 from fpo_jax.provenance import tree_crc32, write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
-from fpo_jax.runs import build, default_run_dir, holds_run, resume_advice, settled
+from fpo_jax.runs import build, default_run_dir, holds_run, lock, resume_advice, settled
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
@@ -41,7 +41,13 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
 
     Raises FpoError for what the user can mend, RunStopped after a signal, with all members saved.
     """
-    if config.parallel != ParallelOptions() or parallel.tasks_announced(os.environ) > 1:
+    check(config)
+    with stop_signals() as stop, ExitStack() as stack:
+        return _fit(config, console, stop, stack)
+
+
+def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) -> dict[str, Any]:
+    if config.parallel != ParallelOptions() or hosts.tasks_announced(os.environ) > 1:
         raise FpoError("A population is trained by one process on one device: leave --parallel.* out, and srun too.")
     config = settled(config)
     # The process may be killed between two members' checkpoints: the ones before are needed then.
@@ -56,34 +62,34 @@ def fit(config: TrainConfig, console: Any = None) -> dict[str, Any]:
     if begun and (result := _finished(config, run_dir)):
         return result
     system, base_params = build(config)
-    if begun:
-        step, state = _restore(system, base_params, folders)
-    else:
-        step, state = None, population.init(system, base_params, configs)
-    with ExitStack() as stack:
-        stop, saver = stack.enter_context(stop_signals()), stack.enter_context(Saver(6 * len(configs)))
-        runs = [_open(one, step, saver, stack) for one in configs]
-        if step is None:
-            _save(runs, state)
-            saver.wait()
-        base_crc32 = tree_crc32(base_params)
-        for run in runs:
-            write_provenance(run.run_dir, base_crc32, system.env.spec.protocol)
-            write_json(run.run_dir / "config.json", to_dict(run.config))
-        write_json(run_dir / "config.json", to_dict(replace(config, resume="no")))
-        progress = ProgressLine(config.iterations, start=step or 0, console=console or Console(quiet=True))
-        stack.callback(progress.close)
-        begin = f"resuming after iteration {step}" if step else "compiling the first iteration"
-        progress.print(f"{len(runs)} members with {config.num_envs} environments each in {run_dir}; {begin} ...")
-        with stop.deferred():
-            state = _loop(system, base_params, state, runs, progress, stop)
+    state = None if begun else population.init(system, base_params, configs)
+    stack.enter_context(lock(run_dir, begun))  # not before: a mistake leaves no directory
+    for folder in folders:
+        stack.enter_context(lock(folder, (folder / "config.json").exists()))
+    step, state = (None, state) if state is not None else _restore(system, base_params, folders)
+    saver = stack.enter_context(Saver(6 * len(configs)))
+    runs = [_open(one, step, saver, stack) for one in configs]
+    if step is None:
+        _save(runs, state)
+        saver.wait()
+    base_crc32 = tree_crc32(base_params)
+    for run in runs:
+        write_provenance(run.run_dir, base_crc32, system.env.spec.protocol)
+        write_json(run.run_dir / "config.json", to_dict(run.config))
+    write_json(run_dir / "config.json", to_dict(replace(config, resume="no")))
+    progress = ProgressLine(config.iterations, start=step or 0, console=console or Console(quiet=True))
+    stack.callback(progress.close)
+    begin = f"resuming after iteration {step}" if step else "compiling the first iteration"
+    progress.print(f"{len(runs)} members with {config.num_envs} environments each in {run_dir}; {begin} ...")
+    with stop.deferred():
+        state = _loop(system, base_params, state, runs, progress, stop)
+        saver.wait()
         if stop.received:
             _save(runs, state)
             saver.wait()
             sentence = f"Stopped by {stop.received.name}; all members are saved in {run_dir}. {resume_advice(run_dir)}"
             raise RunStopped(sentence, exit_code(stop.received))
-        saver.wait()
-        return _finish(system, base_params, state, runs, run_dir)
+    return _finish(system, base_params, state, runs, run_dir)
 
 
 def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -102,7 +108,10 @@ def _restore(system: System, base_params: Params, folders: list[Path]) -> tuple[
     common = set.intersection(*(set(checkpoint.steps(folder)) for folder in folders))
     for step in sorted(common, reverse=True):
         if all(checkpoint.is_whole(folder, step) for folder in folders):
-            return step, population.stack([checkpoint.restore(folder, step, like) for folder in folders])
+            state = population.stack([checkpoint.restore(folder, step, like) for folder in folders])
+            for folder in folders:  # what only some have would outlive what all have
+                checkpoint.forget_later(folder, step)
+            return step, state
     raise FpoError(f"The members in {folders[0].parent} have no whole checkpoint in common; start again elsewhere.")
 
 
@@ -144,7 +153,8 @@ def _loop(
             if reason and not (path := run.run_dir / "stopped.json").exists():
                 write_json(path, {"iteration": record["iteration"], "reason": reason})
                 progress.print(f"{run.run_dir.name}: {reason}")
-            run.save_what_is_due(_take(before, index), _take(state, index))
+            if run.due(record["iteration"]):
+                run.save_what_is_due(_take(before, index), _take(state, index))
         progress.update(_together(metrics))
         if stop.received:
             break

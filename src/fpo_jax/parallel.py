@@ -1,31 +1,24 @@
-"""Many devices, many hosts: everything that knows of them.
+"""Many devices: what lies where, and what is exchanged.
 
 Within `using(mesh)` the environments are split over the mesh's devices and the frozen base over its axis "fsdp"; all
 else is on every device. Code under jit says so by `over_devices`, `spread` and `replicate`, which are nothing at all
 where there is no mesh: on one device the compiled program is the same as without this file.
 """
 
-import itertools
-import json
-import os
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # the only way to the store that its own checkpoints go too
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
+from fpo_jax import hosts
 from fpo_jax.config import ParallelOptions
 from fpo_jax.types import FpoError, Params
 
@@ -35,175 +28,6 @@ ENVS: Any = P(AXES)  # leading axis N
 SLOTS: Any = P(None, AXES)  # [T, N]
 WINDOW: Any = P(None, None, AXES)  # [W, T, N]
 EVERYWHERE: Any = P()
-PEER_LOST = 75  # exit code (EX_TEMPFAIL: try again)
-SILENCE_SECONDS = 30  # after so long without a sign of life a process counts as gone, and the others end
-
-
-# --- hosts ----------------------------------------------------------------------------------------------------------
-
-
-def connect(options: ParallelOptions) -> None:
-    """Join the other processes of this run, where there are any; must come before anything else asks JAX for devices.
-
-    Raises FpoError for half an address, and where the others cannot be found.
-    """
-    explicit = (options.coordinator, options.num_processes, options.process_id)
-    if any(part is not None for part in explicit) and None in explicit:
-        raise FpoError(
-            "Several processes need all three of --parallel.coordinator host:port, --parallel.num-processes and "
-            "--parallel.process-id (or none of them where SLURM, Open MPI or a TPU slice says it)."
-        )
-    several = options.coordinator is not None or options.hosts == "many"
-    if options.hosts == "one" or not (several or tasks_announced(os.environ) > 1) or jax.distributed.is_initialized():
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(
-            # JAX's own end of a run whose processes are gone is an abort; it comes where ours does not.
-            *explicit,
-            heartbeat_timeout_seconds=2 * SILENCE_SECONDS,
-            shutdown_timeout_seconds=SILENCE_SECONDS,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise FpoError(
-            f"The processes of this run did not find each other ({str(error).splitlines()[0]}): start all of them, and "
-            "give --parallel.coordinator where nothing announces it."
-        ) from error
-    _first_exchange()
-
-
-@contextmanager
-def one_for_all() -> Iterator[None]:
-    """Within, a process ends as soon as another one is gone, and says so; without this it would wait for it for ever.
-
-    Mistakes of the user (`FpoError`) are raised as always. Everybody leaves together.
-    """
-    if num_processes() == 1:
-        yield
-        return
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(over,), name="fpo_jax watch", daemon=True).start()
-    try:
-        yield
-        wait_for_all("the end")
-    except FpoError:
-        raise
-    except Exception as error:
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            traceback.print_exc()
-        _leave(str(error).splitlines()[0])
-    finally:
-        over.set()
-
-
-def _leave(reason: str) -> NoReturn:
-    """End this process at once: leaving as usual would wait for the others, dead ones too."""
-    print(
-        f"Process {jax.process_index()} of {num_processes()} stopped, because the run is no longer whole ({reason}): "
-        "start all processes again with --resume.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(PEER_LOST)
-
-
-def _watch(over: threading.Event) -> None:
-    """Show every second that this process lives; end it when another one has not done so for `SILENCE_SECONDS`.
-
-    The first process looks at all, the others at what it says.
-    """
-    store, me, seen = _store(), jax.process_index(), {}
-    for beat in itertools.count():
-        if over.wait(1.0):
-            return
-        try:
-            store.key_value_set(f"fpo_jax/alive/{me}", str(beat), allow_overwrite=True)
-            if me == 0:
-                now = time.monotonic()
-                for name, beats in store.key_value_dir_get("fpo_jax/alive/"):
-                    if seen.get(name, ("", 0.0))[0] != beats:
-                        seen[name] = (beats, now)
-                gone = [name.rsplit("/", 1)[1] for name, (_, since) in seen.items() if now - since > SILENCE_SECONDS]
-                store.key_value_set("fpo_jax/gone", ", ".join(gone), allow_overwrite=True)
-            else:
-                gone = [name for name in (_value(store, "fpo_jax/gone"),) if name]
-        except jax.errors.JaxRuntimeError:
-            gone = ["0"]
-        if gone and not over.is_set():
-            if me == 0:
-                over.wait(3.0)  # until all have read it
-            _leave(f"no sign of life from process {', '.join(gone)}")
-
-
-def _value(store: Any, key: str) -> str:
-    """The value of a key of the store, "" where there is none yet."""
-    return dict(store.key_value_dir_get(key.rsplit("/", 1)[0] + "/")).get(key, "")
-
-
-def tasks_announced(environment: Mapping[str, str]) -> int:
-    """How many processes SLURM's srun or Open MPI's mpirun say there are; 1 where they say nothing."""
-    slurm = environment.get("SLURM_STEP_NUM_TASKS") if "SLURM_PROCID" in environment else None
-    return int(slurm or environment.get("OMPI_COMM_WORLD_SIZE") or 1)
-
-
-def num_processes() -> int:
-    """Processes of this run."""
-    return jax.process_count()
-
-
-def is_first() -> bool:
-    """This process writes the files and talks; in a run of one process it is always this one."""
-    return jax.process_index() == 0
-
-
-def _first_exchange() -> None:
-    """Connect the devices now: Gloo gives up where processes are half a minute apart, as when they compile."""
-    mesh = Mesh(np.array(jax.devices()), "all")
-    ones = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P("all")), lambda _: np.ones(1, np.float32))
-    program = jax.jit(jnp.sum).lower(ones).compile()
-    wait_for_all("ready to exchange")
-    jax.block_until_ready(program(ones))
-
-
-def wait_for_all(where: str) -> None:
-    """Go on when all processes have come here, however long that takes."""
-    if num_processes() > 1:
-        _store().wait_at_barrier(f"fpo_jax/{where}/{next(_meetings)}", _DAY)
-
-
-_meetings = itertools.count()  # the same in all processes, as they come to the same places
-_DAY = 24 * 3600 * 1000  # [ms]
-
-
-def _exchanged(value: str) -> list[str]:
-    """What each process gave."""
-    place = f"fpo_jax/exchange/{next(_meetings)}/"
-    _store().key_value_set(f"{place}{jax.process_index()}", value)
-    wait_for_all("exchange")
-    values = [value for _, value in _store().key_value_dir_get(place)]
-    wait_for_all("exchanged")
-    _store().key_value_delete(f"{place}{jax.process_index()}")
-    return values
-
-
-def _store() -> Any:
-    """The key-value store and barriers of JAX's coordination service, which lives in the first process."""
-    return distributed.global_state.client
-
-
-def largest(number: int) -> int:
-    """The largest of the processes' numbers: what one of them knows, all must act on together."""
-    if num_processes() == 1:
-        return number
-    return max(map(int, _exchanged(str(int(number)))))
-
-
-def total(counts: Mapping[str, float]) -> dict[str, float]:
-    """Sums over the processes; all have the same names."""
-    if num_processes() == 1:
-        return dict(counts)
-    given = [json.loads(text) for text in _exchanged(json.dumps(dict(counts)))]
-    return {name: sum(one[name] for one in given) for name in counts}
 
 
 # --- devices --------------------------------------------------------------------------------------------------------
@@ -213,7 +37,7 @@ def make_mesh(options: ParallelOptions, num_envs: int) -> Mesh | None:
     """The devices of this run, None where it is one. Raises FpoError where the environments cannot be split evenly."""
     devices = jax.devices()
     count = options.devices or len(devices)
-    if num_processes() > 1 and count != len(devices):
+    if hosts.num_processes() > 1 and count != len(devices):
         raise FpoError(f"A run of several processes uses all {len(devices)} devices: leave --parallel.devices out.")
     if count > len(devices):
         raise FpoError(f"--parallel.devices is {count}, but this machine has {len(devices)}.")
@@ -222,15 +46,20 @@ def make_mesh(options: ParallelOptions, num_envs: int) -> Mesh | None:
             f"{num_envs} environments cannot be split evenly over {count} devices: choose --num-envs as a multiple of "
             f"{count}, or fewer --parallel.devices."
         )
-    if min(count, jax.local_device_count()) % options.fsdp:
+    rows = _rows(devices[:count], options.fsdp)
+    return None if count == 1 else Mesh(rows, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _rows(devices: Sequence[Any], fsdp: int) -> np.ndarray:
+    """Devices [data, fsdp], the rows within a process each. Raises FpoError where that is impossible."""
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    rows = [ordered[start : start + fsdp] for start in range(0, len(ordered), fsdp)]
+    if any(len(row) < fsdp or len({device.process_index for device in row}) > 1 for row in rows):
         raise FpoError(
-            f"--parallel.fsdp is {options.fsdp}, which does not divide the {min(count, jax.local_device_count())} "
-            "devices of one process: a base is split within a host only."
+            f"--parallel.fsdp is {fsdp}, which does not divide the devices of each process: a base is split within a "
+            "host only."
         )
-    if count == 1:
-        return None
-    shape = (count // options.fsdp, options.fsdp)
-    return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 2)
+    return np.array(rows, object)
 
 
 @contextmanager

@@ -68,7 +68,10 @@ def members(config: TrainConfig) -> list[TrainConfig]:
     """
     check(config)
     options = config.population
-    settings = dict(_parse(config, assignment) for assignment in options.vary)
+    parsed = [_parse(config, assignment) for assignment in options.vary]
+    settings = dict(parsed)
+    if len(settings) < len(parsed):
+        raise FpoError("--population.vary names a setting twice: give all its values in one list.")
     combinations = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
     alone = replace(config, population=PopulationOptions(), resume="no", run_dir=None)
     seeds = range(config.seed, config.seed + options.size)
@@ -91,10 +94,13 @@ def _parse(config: TrainConfig, assignment: str) -> tuple[str, list[float]]:
         if ":" not in text:
             return name, [float(word) for word in text.split(",")]
         low, high, count = text.split(":")
+        if int(count) < 1:
+            raise ValueError(count)
         return name, np.geomspace(float(low), float(high), int(count)).tolist()
     except ValueError as error:
         raise FpoError(
-            f"{assignment!r} is neither a list, as {name}=.1,.2, nor from:to:count, as {name}=.1:.4:3."
+            f"{assignment!r} is neither a list, as {name}=.1,.2, nor from:to:count with a count of at least "
+            f"1, as {name}=.1:.4:3."
         ) from error
 
 

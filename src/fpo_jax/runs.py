@@ -1,19 +1,23 @@
 """A run apart from its training: its parts by its configuration, its directory, and how it is opened again."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from fpo_jax import checkpoint, parallel, train
+from fpo_jax import checkpoint, hosts, parallel, train
 from fpo_jax.algorithms import fpo, sac
 from fpo_jax.config import LiberoOptions, PopulationOptions, TrainConfig, check, differences, from_dict
 from fpo_jax.envs import make_env, resolve_physics
 from fpo_jax.latent import LatentSpace
-from fpo_jax.policies import open_base
+from fpo_jax.policies import ANALYTIC, CHECKPOINTS, SHIPPED, open_base
 from fpo_jax.policies.openpi import compute_dtype
+from fpo_jax.policies.openpi_configs import OPENPI_CONFIGS
 from fpo_jax.policies.small import check_action_space
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.rollout import FrozenBase, System
@@ -21,8 +25,12 @@ from fpo_jax.train import TrainState
 from fpo_jax.types import Camera, FpoError, Params, Quality
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
-# On resume; the base is known by its checksum.
-_FREE_TO_CHANGE = ("iterations", "resume", "run_dir", "checkpoint", "parallel")
+# On resume, with all that is under them; the base is known by its checksum.
+_FREE_TO_CHANGE = (
+    *("iterations", "resume", "run_dir", "checkpoint", "parallel", "saving", "evaluation.video"),
+    *("libero.python", "libero.assets", "libero.start_seconds", "libero.reset_seconds", "libero.step_seconds"),
+    *("libero.max_restarts", "libero.overlap"),
+)
 
 
 def build(config: TrainConfig) -> tuple[System, Params]:
@@ -55,13 +63,25 @@ def settled(config: TrainConfig) -> TrainConfig:
     def absolute(where: str | None) -> str | None:
         return str(Path(where).expanduser().resolve()) if where and "://" not in where else where
 
-    openpi = config.openpi
+    def unlinked(python: str | None) -> str | None:
+        """A virtual environment's Python is a link; where it leads is the system's own."""
+        return python and str(Path(python).expanduser().absolute())
+
+    openpi, libero = config.openpi, config.libero
     return replace(
         config,
+        base=absolute(config.base) if config.base and _is_path(config.base) else config.base,
+        libero=replace(libero, python=unlinked(libero.python), assets=absolute(libero.assets)),
         physics=resolve_physics(config.env, config.physics),
         checkpoint=absolute(config.checkpoint),
         openpi=replace(openpi, dtype=compute_dtype(openpi.dtype), tokenizer=absolute(openpi.tokenizer)),
     )
+
+
+def _is_path(base: str) -> bool:
+    """Whether `open_base` takes it for a directory or file of the user's, not for a name."""
+    is_name = base in {*OPENPI_CONFIGS, *ANALYTIC, *SHIPPED} or (CHECKPOINTS / base).is_dir()
+    return not is_name and Path(base).expanduser().exists()
 
 
 def load_run(
@@ -79,6 +99,7 @@ def load_run(
     config = read_config(run_dir)
     config = replace(config, checkpoint=base_checkpoint or config.checkpoint, libero=libero or config.libero)
     step = checkpoint.latest_step(run_dir, shelf)
+    hosts.require_same(-1 if step is None else step, f"the newest checkpoint in {run_dir}: all must see the same files")
     if step is None:
         raise FpoError(
             f"{run_dir} has no whole checkpoint in {shelf}/; train first, give one member of a population, or start "
@@ -124,9 +145,13 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
-    """Only `iterations` and where the base lies may change. Raises FpoError naming every other difference."""
-    same = replace(config, **{name: getattr(saved, name) for name in _FREE_TO_CHANGE})
-    if changed := differences(saved, same):
+    """Raises FpoError naming every difference that would change what is trained, or on what."""
+
+    def is_free(difference: str) -> bool:
+        name = difference.partition(":")[0]
+        return any(name == free or name.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+
+    if changed := [one for one in differences(settled(saved), config) if not is_free(one)]:
         raise FpoError(
             f"--resume continues a run as it was; changed here: {'; '.join(changed)}. "
             "Drop these options, or start a new run in another --run-dir."
@@ -141,6 +166,28 @@ def holds_run(config: TrainConfig, run_dir: Path) -> bool:
     if begun or config.resume == "yes":
         check_resumable(read_config(run_dir), config)
     return begun
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path, begun: bool) -> Iterator[None]:
+    """Within, no other job writes this directory; held by the first process. Raises FpoError where one does.
+
+    `begun`: whether it held a run when this job looked.
+    """
+    if not hosts.is_first():
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".in_use").open("w") as file:  # a sweep has a lock of its own, for its trials
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FpoError(f"Another job writes {run_dir}; wait for its end, or choose another --run-dir.") from error
+        except OSError:
+            pass  # not every file system has locks
+        if begun != (run_dir / "config.json").exists():
+            raise FpoError(f"Another job has begun a run in {run_dir} meanwhile; start again with --resume auto.")
+        yield
 
 
 def resume_advice(run_dir: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from fpo_jax import checkpoint, parallel
+from fpo_jax import checkpoint, hosts
 
 
 class Saver:
@@ -44,7 +44,7 @@ class Saver:
         where any other one is. Raises FpoError when the disk is full, or became full under an earlier checkpoint.
         """
         target = Path(run_dir).resolve() / shelf / str(step)
-        if parallel.num_processes() > 1:  # they must meet in one order, also within Orbax
+        if hosts.num_processes() > 1:  # they must meet in one order, also within Orbax
             self.wait()
         while self._unfinished and (
             self._unfinished[0][1].done()
@@ -59,7 +59,7 @@ class Saver:
         """Return when everything is on disk, on all hosts; raises what went wrong meanwhile."""
         while self._unfinished:
             self._finish_oldest()
-        parallel.wait_for_all("checkpoints are on disk")
+        hosts.wait_for_all("checkpoints are on disk")
 
     def _finish_oldest(self) -> None:
         _, writing = self._unfinished.popleft()

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
+TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_code(received: signal.Signals) -> int:
     """130 after Ctrl-C, as shells have it; after SIGTERM one of its own, which no process that was killed returns."""
-    return PREEMPTED if received == signal.SIGTERM else 128 + received
+    return TRY_AGAIN if received == signal.SIGTERM else 128 + received
 
 
 class StopSignal:
@@ -52,7 +52,7 @@ class StopSignal:
 
 def _leave(received: signal.Signals) -> NoReturn:
     cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress line hides it
-    sentence = f"{received.name}: left at once; what was saved before is whole: go on with --resume."
+    sentence = f"{received.name}: left at once; what was saved before is whole: go on with --resume auto."
     os.write(2, f"{cursor}\n{sentence}\n".encode())
     os._exit(exit_code(received))
 

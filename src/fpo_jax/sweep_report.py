@@ -108,9 +108,10 @@ def _outcome(run_dir: Path, about: dict[str, Any], evaluation: Any) -> tuple[str
 
 def _trained_without_evaluation(run_dir: Path) -> bool:
     config = _json(run_dir / "config.json")
-    if config is None or config["evaluation"]["episodes"]:
+    metrics = run_dir / "metrics.jsonl"
+    if config is None or config["evaluation"]["episodes"] or not metrics.exists():
         return False
-    records = read_jsonl(run_dir / "metrics.jsonl")
+    records = read_jsonl(metrics)
     return bool(records) and records[-1]["iteration"] >= config["iterations"]
 
 

@@ -29,6 +29,7 @@ Kind = Literal["uniform", "loguniform", "int", "choice"]
 Settings = dict[str, Any]  # option -> value
 
 _OURS = ("run_dir", "resume")  # what a sweep decides itself
+_OF_PROCESSES = ("parallel.hosts", "parallel.coordinator", "parallel.num_processes", "parallel.process_id")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,10 @@ def _option(name: Any) -> str:
     known, spelt = _fields(), str(name).removeprefix("--").replace("-", "_")
     if spelt in _OURS:
         raise FpoError(f"{spelt} is the sweep's to decide; leave it out.")
+    if spelt.startswith("population."):
+        raise FpoError(f"{spelt}: a trial is a single run; vary the seed instead.")
+    if spelt in _OF_PROCESSES:
+        raise FpoError(f"{spelt}: a trial is a single process; leave it out.")
     if spelt not in known:
         raise FpoError(f"there is no option {name!r}{suggestion(spelt, known)}")
     return spelt
