@@ -121,7 +121,8 @@ def evaluate(args: Args, say: Callable[[str], None] | None = None) -> dict[str, 
                 log = EpisodeLog(args.json.with_suffix(f".{name}.jsonl"), of_policy, say)
                 logs[name] = stack.enter_context(closing(log))
         played = {name: evaluator.play(*policy, log=logs.get(name)) for name, policy in policies.items()}
-    return summary(system, played) | {"evaluation": about} | training(args, config, state)
+    constant = {"constant_latent": read_constant(args.constant)} if args.constant else {}
+    return summary(system, played) | {"evaluation": about} | constant | training(args, config, state)
 
 
 def summary(system: System, played: dict[str, Outcomes]) -> dict[str, Any]:
@@ -178,16 +179,21 @@ def floors(args: Args, dim: int) -> dict[str, fixed.FixedLatent]:
             "half_noise": fixed.FixedLatent(zero, jnp.array(0.5)),
         }
     if args.constant:
-        try:
-            latent = jnp.array(json.loads(args.constant.read_text())["constant_latent"])
-        except (OSError, ValueError, KeyError) as error:
-            raise FpoError(f"{args.constant} has no constant latent; give what steerability.py --out wrote.") from error
+        latent = jnp.array(read_constant(args.constant))
         if latent.shape != (dim,):
             raise FpoError(
                 f"The constant latent in {args.constant} has {latent.size} dimensions, this run's has {dim}."
             )
         chosen["constant_latent"] = fixed.FixedLatent(latent, jnp.zeros(()))
     return chosen
+
+
+def read_constant(path: Path) -> list[float]:
+    """The best constant latent that steerability.py found. Raises FpoError where there is none."""
+    try:
+        return json.loads(path.read_text())["constant_latent"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FpoError(f"{path} has no constant latent; give what steerability.py --out wrote.") from error
 
 
 def main(arguments: list[str]) -> int:
