@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from env_contract import assert_states_equal
+from fpo_jax.envs import workers
 from fpo_jax.envs.host import HostEnv, Outcome
 from fpo_jax.rollout import FrozenBase, python_rollout, rollout, start
-from fpo_jax.types import Camera, Env, EnvState, HostedEnv
+from fpo_jax.types import Camera, Env, EnvState, FpoError, HostedEnv
 from test_rollout import plain
 from tiny import TINY, jit, keys, run_rollout
 from tiny_libero import QUICK, NoisyBase, base_system, fake_libero, log_of, pool_of
@@ -299,6 +300,8 @@ class BrokenVector:
     def __init__(self):
         self.raising = False
 
+    def prepare(self, slots): ...
+
     def submit_reset(self, slot, episode): ...
 
     def submit_step(self, slot, actions):
@@ -326,6 +329,15 @@ def test_no_exception_leaves_a_callback(env):
     assert np.all(state.fault)
     vector.raising = True
     assert np.all(begin(broken).fault)
+
+
+def test_more_simulators_than_fit_are_refused_before_any_starts(monkeypatch):
+    with fake_libero() as env:
+        monkeypatch.setattr(workers, "available_memory", lambda: 3 * 2**30)
+        with pytest.raises(FpoError, match=r"^64 simulators need about 16 GiB .* --num-envs 13 or fewer"):
+            jax.jit(env.reset)(keys(64))
+        assert len(pool_of(env).pids()) == 1
+        assert not np.any(begin(env).fault)
 
 
 def test_suites_can_draw_by_success():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from fpo_jax.envs.common import join, pieces
 from fpo_jax.flow import split_keys
-from fpo_jax.parallel import env_indices
+from fpo_jax.parallel import env_indices, num_devices, num_processes
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
 _RESET_ATTEMPTS = 2  # an episode that did not begin is begun again, by then in another worker
@@ -48,10 +48,12 @@ class Outcome(NamedTuple):
 
 @runtime_checkable  # beartype checks it in tests
 class HostVectorEnv(Protocol):
-    """Simulators in numbered slots, each made when it is first used; nothing here raises.
+    """Simulators in numbered slots, each made when it is first used; nothing here raises but `prepare`.
 
     A slot's requests come one at a time, but those of different slots may come from different threads.
     """
+
+    def prepare(self, slots: int) -> None: ...  # before they are used; raises FpoError where so many cannot be
 
     def submit_reset(self, slot: int, episode: Episode) -> None: ...
 
@@ -202,6 +204,8 @@ class HostEnv:
 
     def _begin(self, episode: Episode, keys, tally, once: bool) -> EnvState:
         num_envs = len(keys)
+        # Of this process. Here and not in a callback, which must not raise.
+        self.vector.prepare(num_envs * max(1, num_devices() // num_processes()))
         everyone, nobody = jnp.ones(num_envs, bool), jnp.zeros(num_envs, bool)
         zeros = jnp.zeros(num_envs, jnp.int32)
         slot = env_indices(num_envs)  # of all devices and hosts, so that a state fits on other ones too

@@ -37,6 +37,7 @@ PICTURE_SIZE = 320  # [pixels] of pictures for people
 CAMERAS = ("image", "wrist_image")
 CONTROL_HZ = 20.0
 OPENPI_SEED = 7
+WORKER_MEMORY = {True: 1100 * 2**20, False: 256 * 2**20}  # with cameras, or without [bytes]
 _NO_CAMERA_SIZE = 8  # [pixels] of pictures that nobody takes
 
 
@@ -191,6 +192,7 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         reset_seconds=options.reset_seconds,
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
+        memory=WORKER_MEMORY[bool(cameras)],
     )
     return _pool_by_any_renderer(settings)
 
