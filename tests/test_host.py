@@ -124,12 +124,15 @@ def test_success_ends_a_chunk(env):
     assert np.all(state.success & state.terminated & (state.reward == 1)) and not np.any(state.fault | state.truncated)
 
 
-def test_actions_that_are_not_finite_cost_the_episode_but_no_process(env):
+def test_actions_that_are_not_finite_are_a_failure_of_the_policy(env):
+    """Not an invalid episode, which would raise the rate of success; and they cost no process."""
+    begun = begin(env)
     pids = pool_of(env).pids()
     healthy = without_ticket(env.step(begin(env), still()))
     state = env.step(begin(env), still().at[0, 2, 6].set(jnp.nan))
-    np.testing.assert_array_equal(state.fault, [True, False, False, False])
-    assert np.isfinite(state.observation.proprio).all() and not state.success[0]
+    assert state.truncated.tolist() == [True, False, False, False] and not np.any(state.fault | state.success)
+    np.testing.assert_array_equal(state.observation.object_pose[0], begun.observation.object_pose[0])
+    assert state.physics.tally[0].sum(0).tolist() == [0, 1]
     others = [jax.tree.map(lambda leaf: leaf[1:], tree) for tree in (without_ticket(state), healthy)]
     assert_states_equal(*others)
     state = env.step(state, still())
@@ -156,6 +159,18 @@ def test_a_result_is_collected_once(env):
     flying = env.submit(begin(env), still())
     first, second = env.collect(flying), env.collect(flying)
     assert not np.any(first.fault) and np.all(second.fault)
+
+
+def test_a_reset_is_collected_once(tmp_path):
+    """A second time it is lost: it must not begin once more, in place of what the slot has come to since."""
+    with fake_libero(told={"log": str(tmp_path)}) as env:
+        over = begin(env)._replace(truncated=jnp.ones(4, bool))
+        flying = env.submit(over, still())
+        assert not np.any(env.collect(flying).fault) and np.all(env.collect(flying).fault)
+        newer = env.submit(begin(env, seed=5), still())
+        assert np.all(env.collect(flying).fault)  # of a stale ticket
+        assert not np.any(env.collect(newer).fault)
+    assert sum(entry["op"] == "reset" for entry in log_of(tmp_path)) == 3 * 4
 
 
 def test_a_request_that_nobody_collects_does_not_disturb_the_next(env):
