@@ -127,11 +127,15 @@ def evaluate(args: Args, say: Callable[[str], None] | None = None) -> dict[str, 
 
 def summary(system: System, played: dict[str, Outcomes]) -> dict[str, Any]:
     """What the policies achieved, each beside the tuned one where there is one."""
+    spec, prompt = system.env.spec, system.config.openpi.prompt
+    if spec.protocol and spec.prompts and prompt is not None:
+        deviations = spec.protocol["deviations"] | {"prompt": f"{prompt!r} instead of the task's name"}
+        spec = spec._replace(protocol=spec.protocol | {"prompt": prompt, "deviations": deviations})
     if "tuned" not in played:
-        return summarize(played, system.env.spec)
+        return summarize(played, spec)
     base, tuned = played["base"], played["tuned"]
     beside = {name: versus(outcomes, tuned) for name, outcomes in played.items() if name not in ("base", "tuned")}
-    return compare(base, tuned, system.env.spec) | {"floors": beside}
+    return compare(base, tuned, spec) | {"floors": beside}
 
 
 def settings(args: Args, config: TrainConfig, evaluator: Evaluator) -> dict[str, Any]:

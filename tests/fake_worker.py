@@ -68,7 +68,7 @@ class FakeWorker:
         failed = OPTIONS.get("fail_hello", "")
         directory, later = OPTIONS.get("opengl_after", (None, "fake"))
         opengl = "fake" if directory is None or first_to_make(os.path.join(directory, "first")) else later
-        return {"failed": failed, "opengl": opengl, "pid": os.getpid(), "versions": {"fake": "1"}}
+        return {"failed": failed, "opengl": opengl, "pid": os.getpid(), "versions": {"fake": "1"}, "wait_steps": 10}
 
     def tasks(self, request):
         return {

@@ -31,7 +31,6 @@ EPISODE_LENGTH = {  # control steps until truncation, the wait steps not counted
     "libero_90": 400,
 }
 EXECUTE_STEPS = 5
-WAIT_STEPS = 10
 RENDER_SIZE = 256  # [pixels]
 PICTURE_SIZE = 320  # [pixels] of pictures for people
 CAMERAS = ("image", "wrist_image")
@@ -136,7 +135,7 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
         "env": name,
         "episode_length": episode_length,
         "execute_steps": asked["max_chunk"],
-        "wait_steps": WAIT_STEPS,
+        "wait_steps": said.get("wait_steps"),
         "train_inits": options.train_inits,
         "test_inits": options.test_inits,
         "train_tasks": options.tasks,
@@ -161,6 +160,10 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
     differ = {
         option: f"{ours[option]} instead of {value}" for option, value in official.items() if ours[option] != value
     }
+    if not asked["cameras"]:
+        differ["observation"] = "object poses instead of pictures"
+    elif set(asked["cameras"]) != set(CAMERAS):
+        differ["cameras"] = f"{' and '.join(asked['cameras'])} instead of {' and '.join(CAMERAS)}"
     return ours | {"deviations": differ}
 
 
