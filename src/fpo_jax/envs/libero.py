@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from fpo_jax.config import LiberoOptions
 from fpo_jax.envs import wire
 from fpo_jax.envs.host import Episode, HostEnv
-from fpo_jax.envs.workers import WorkerPool, WorkerSettings
+from fpo_jax.envs.workers import StartError, WorkerPool, WorkerSettings
 from fpo_jax.types import Camera, EnvSpec, FpoError, suggestion
 
 EPISODE_LENGTH = {  # control steps until truncation, the wait steps not counted
@@ -197,16 +197,25 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         max_restarts=options.max_restarts,
         memory=WORKER_MEMORY[bool(cameras)],
     )
-    return _pool_by_any_renderer(settings)
+    return pool_by_any_renderer(settings)
 
 
-def _pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
+def pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
+    """The pool; where a graphics driver takes its first worker down and nobody chose a library, with OSMesa.
+
+    Raises StartError. (Drivers that only say that they do not work are the worker's own affair.)
+    """
     try:
         return WorkerPool(settings)
-    except FpoError:
-        if not settings.hello["cameras"] or os.environ.get("MUJOCO_GL"):
+    except StartError as error:
+        crashed = error.reason.startswith("died: exit status -")  # by a signal
+        if not crashed or not settings.hello["cameras"] or os.environ.get("MUJOCO_GL"):
             raise
+        first = error.reason
+    try:
         return WorkerPool(replace(settings, environment={"MUJOCO_GL": "osmesa"}))
+    except StartError as error:
+        raise StartError(f"render: first it {first}; with MUJOCO_GL=osmesa {error.reason}") from error
 
 
 def picture_episode(
@@ -219,7 +228,7 @@ def picture_episode(
     assert isinstance(env.vector, WorkerPool)
     settings, seen = env.vector.settings, {"cameras": CAMERAS[:1], "quality": "official", "max_chunk": len(actions)}
     sizes = dict.fromkeys(("image_size", "render_size"), PICTURE_SIZE)
-    pool = _pool_by_any_renderer(replace(settings, hello={**settings.hello, **seen, **sizes}))
+    pool = pool_by_any_renderer(replace(settings, hello={**settings.hello, **seen, **sizes}))
     columns = env.test_episodes(number[None], key[None])
     try:
         pool.submit_reset(0, Episode(*(column.item() for column in columns)))

@@ -63,6 +63,14 @@ class WorkerSettings:
         return wire.layout(self.hello["image_size"], self.hello["cameras"], self.hello["max_chunk"])
 
 
+class StartError(FpoError):
+    """No worker can start; `reason` is "kind: why"."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"The simulator cannot start ({reason}).")
+        self.reason = reason
+
+
 class _Broken(Exception):
     """The worker lives but says that it cannot go on: `<kind>: why`."""
 
@@ -191,7 +199,7 @@ def available_memory() -> int | None:
 class WorkerPool:
     """Slots of simulators, each in a worker of its own that starts when the slot is first used.
 
-    The first worker starts at once: what it says is in `hello`. Raises FpoError where it cannot start.
+    The first worker starts at once: what it says is in `hello`. Raises StartError where it cannot.
     """
 
     def __init__(self, settings: WorkerSettings):
@@ -207,13 +215,13 @@ class WorkerPool:
         try:
             first = self._workers[0] = _Worker(settings)
         except OSError as error:
-            raise FpoError(f"The simulator cannot start ({settings.command[0]}: {error.strerror}).") from error
+            raise StartError(f"{settings.command[0]}: {error.strerror}") from error
         try:
             self.hello = first.answer()
         except (OSError, ValueError, _Broken) as error:
             reason = _reason(first, error)
             self.close()
-            raise FpoError(f"The simulator cannot start ({reason}).") from error
+            raise StartError(reason) from error
 
     def ask(self, head: dict[str, Any]) -> dict[str, Any]:
         """The first worker's answer to a request between episodes. Raises FpoError where there is none."""
