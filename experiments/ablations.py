@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from evaluate import Args as Evaluation
+from evaluate import read_constant
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +26,7 @@ from fpo_jax.config import preset
 from fpo_jax.types import FpoError
 
 HERE = Path(__file__).parent
+VERDICTS = ("non-finite", "collapsed", "every simulation broke")  # of fpo_jax.health, not of simulators that were lost
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,16 @@ class Args:
     """Directory of the runs and of the table."""
 
 
+def stop_reason(run_dir: Path) -> str | None:
+    """Why the run stopped itself, None where it did not: a run that lost its simulators is to be resumed."""
+    stopped = run_dir / "stopped.json"
+    reason = json.loads(stopped.read_text())["reason"] if stopped.exists() else ""
+    return reason if any(verdict in reason for verdict in VERDICTS) else None
+
+
 def train(name: str, seed: int, run_dir: Path, iterations: int, options: Sequence[str]) -> None:
     """Train one run to its last iteration, or until it stops itself with a reason; `options` are train.py's."""
-    if (run_dir / "stopped.json").exists() or checkpoint.latest_step(run_dir) == iterations:
+    if stop_reason(run_dir) or checkpoint.latest_step(run_dir) == iterations:
         return
     command = [sys.executable, str(HERE / "train.py"), "--run-dir", str(run_dir), "--iterations", str(iterations)]
     if (run_dir / "config.json").exists():
@@ -54,22 +64,24 @@ def train(name: str, seed: int, run_dir: Path, iterations: int, options: Sequenc
     else:
         command += ["--preset", name, "--seed", str(seed), *options]
     code = subprocess.run(command, check=False).returncode
-    if code and not (run_dir / "stopped.json").exists():
+    if code and not stop_reason(run_dir):
         raise FpoError(f"Training {run_dir} failed with exit status {code}; its message is above.")
 
 
-def evaluate(run_dir: Path, episodes: int, constant: Path | None = None) -> dict:
-    """The paired evaluation of a run's last checkpoint; an earlier one with the same settings is reused."""
+def evaluate(run_dir: Path, episodes: int, constant: Path | None = None, seed: int = Evaluation.seed) -> dict:
+    """The paired evaluation of a run's last checkpoint; an earlier one with the same settings is gone on with."""
     target = run_dir / "paired_evaluation.json"
     if target.exists():
         result = json.loads(target.read_text())
-        same_floors = ("constant_latent" in result["floors"]) == bool(constant)
-        newest = result["run"]["iteration"] == checkpoint.latest_step(run_dir)
-        if newest and same_floors and result["tuned"]["episodes"] == episodes:
+        about = result["run"]
+        played = result["tuned"]["episodes"] + result["tuned"]["invalid_episodes"]
+        found = (about["iteration"], about["evaluation_seed"], played, result.get("constant_latent"))
+        if found == (checkpoint.latest_step(run_dir), seed, episodes, read_constant(constant) if constant else None):
             return result
-        for log in run_dir.glob(f"{target.stem}.*.jsonl"):  # of the earlier settings
-            log.unlink()
-    command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir)]
+        # The result first: the logs of an interrupted evaluation are of these settings.
+        for old in (target, *run_dir.glob(f"{target.stem}.*.jsonl")):
+            old.unlink()
+    command = [sys.executable, str(HERE / "evaluate.py"), "--run-dir", str(run_dir), "--seed", str(seed)]
     command += ["--episodes", str(episodes), "--json", str(target)]
     command += ["--constant", str(constant)] if constant else []
     if subprocess.run(command, check=False).returncode:
@@ -81,7 +93,6 @@ def row(name: str, seed: int, run_dir: Path, result: dict) -> dict:
     """One line of the table."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     tuned, base, difference = result["tuned"], result["base"], result["difference"]
-    stopped = run_dir / "stopped.json"
     reached = [r["episodes"] for r in records if _recent(records, r["iteration"]) >= 0.8]
     return {
         "preset": name,
@@ -93,7 +104,7 @@ def row(name: str, seed: int, run_dir: Path, result: dict) -> dict:
         "difference": [difference["success_rate"], difference["low"], difference["high"]],
         "above_constant": result.get("floors", {}).get("constant_latent", {}).get("tuned_above"),
         "episodes_to_80": reached[0] if reached else None,
-        "stopped": json.loads(stopped.read_text())["reason"] if stopped.exists() else None,
+        "stopped": stop_reason(run_dir),
     }
 
 

@@ -18,7 +18,7 @@ import tyro
 from clone import CloneArgs, Subject, make_base
 
 from fpo_jax.clone import CloneConfig
-from fpo_jax.config import LIBERO_BUTTER
+from fpo_jax.config import LIBERO_BUTTER, LiberoOptions
 from fpo_jax.demos import Demonstrations
 from fpo_jax.envs import make_env
 from fpo_jax.envs.libero_expert import Mixture, record_mixture
@@ -36,6 +36,7 @@ POLICY = SmallPolicy(
 @dataclasses.dataclass(frozen=True)
 class Args(CloneArgs):
     env: str = LIBERO_BUTTER.env  # one task of LIBERO
+    libero: LiberoOptions = dataclasses.field(default_factory=LiberoOptions)  # of recording and evaluation
     mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
     workers: int | None = None  # processes that record; by default one per CPU
     record_steps: int = 105  # control steps of a demonstration
@@ -51,11 +52,13 @@ class Args(CloneArgs):
 def main(args: Args) -> None:
     def record(on_progress: Callable[[int], None]) -> Demonstrations:
         return record_mixture(
-            args.env, args.mixture, args.record_episodes, args.seed, args.workers, args.record_steps, None, on_progress
+            *(args.env, args.mixture, args.record_episodes, args.seed, args.workers, args.record_steps),
+            *(args.libero, on_progress),
         )
 
     about = f"robot state and the object's position (no images), for\nLIBERO's {args.env}"
-    env = make_env(args.env, episode_length=args.episode_length, execute_steps=args.clone.decision_steps)
+    length, chunk = args.episode_length, args.clone.decision_steps
+    env = make_env(args.env, episode_length=length, execute_steps=chunk, libero=args.libero)
     make_base(args, Subject(about, args.mixture, env, record))
 
 

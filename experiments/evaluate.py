@@ -121,16 +121,21 @@ def evaluate(args: Args, say: Callable[[str], None] | None = None) -> dict[str, 
                 log = EpisodeLog(args.json.with_suffix(f".{name}.jsonl"), of_policy, say)
                 logs[name] = stack.enter_context(closing(log))
         played = {name: evaluator.play(*policy, log=logs.get(name)) for name, policy in policies.items()}
-    return summary(system, played) | {"evaluation": about} | training(args, config, state)
+    constant = {"constant_latent": read_constant(args.constant)} if args.constant else {}
+    return summary(system, played) | {"evaluation": about} | constant | training(args, config, state)
 
 
 def summary(system: System, played: dict[str, Outcomes]) -> dict[str, Any]:
     """What the policies achieved, each beside the tuned one where there is one."""
+    spec, prompt = system.env.spec, system.config.openpi.prompt
+    if spec.protocol and spec.prompts and prompt is not None:
+        deviations = spec.protocol["deviations"] | {"prompt": f"{prompt!r} instead of the task's name"}
+        spec = spec._replace(protocol=spec.protocol | {"prompt": prompt, "deviations": deviations})
     if "tuned" not in played:
-        return summarize(played, system.env.spec)
+        return summarize(played, spec)
     base, tuned = played["base"], played["tuned"]
     beside = {name: versus(outcomes, tuned) for name, outcomes in played.items() if name not in ("base", "tuned")}
-    return compare(base, tuned, system.env.spec) | {"floors": beside}
+    return compare(base, tuned, spec) | {"floors": beside}
 
 
 def settings(args: Args, config: TrainConfig, evaluator: Evaluator) -> dict[str, Any]:
@@ -178,16 +183,21 @@ def floors(args: Args, dim: int) -> dict[str, fixed.FixedLatent]:
             "half_noise": fixed.FixedLatent(zero, jnp.array(0.5)),
         }
     if args.constant:
-        try:
-            latent = jnp.array(json.loads(args.constant.read_text())["constant_latent"])
-        except (OSError, ValueError, KeyError) as error:
-            raise FpoError(f"{args.constant} has no constant latent; give what steerability.py --out wrote.") from error
+        latent = jnp.array(read_constant(args.constant))
         if latent.shape != (dim,):
             raise FpoError(
                 f"The constant latent in {args.constant} has {latent.size} dimensions, this run's has {dim}."
             )
         chosen["constant_latent"] = fixed.FixedLatent(latent, jnp.zeros(()))
     return chosen
+
+
+def read_constant(path: Path) -> list[float]:
+    """The best constant latent that steerability.py found. Raises FpoError where there is none."""
+    try:
+        return json.loads(path.read_text())["constant_latent"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FpoError(f"{path} has no constant latent; give what steerability.py --out wrote.") from error
 
 
 def main(arguments: list[str]) -> int:

@@ -68,7 +68,7 @@ class Traced:
     def __init__(self, pool: WorkerPool):
         self.pool, self.events = pool, list[Event]()
         self._watchers = dict[int, threading.Thread]()
-        self.problem, self.report, self.close = pool.problem, pool.report, pool.close
+        self.prepare, self.problem, self.report, self.close = pool.prepare, pool.problem, pool.report, pool.close
 
     def submit_reset(self, slot: int, episode: Episode) -> None:
         self.pool.submit_reset(slot, episode)

@@ -15,8 +15,9 @@ import tyro
 
 from fpo_jax.envs import libero_files, libero_setup
 from fpo_jax.envs.host import Episode, Outcome
+from fpo_jax.envs.libero import CAMERAS, find_task
 from fpo_jax.envs.workers import WorkerPool
-from fpo_jax.types import FpoError
+from fpo_jax.types import FpoError, suggestion
 
 IDLE = np.array([[0, 0, 0, 0, 0, 0, -1]], np.float32)
 
@@ -92,12 +93,19 @@ def inspect(pool: WorkerPool, suite: str, task: int, prompt: str, inits: list[in
 
 
 def visit(args: Args) -> Iterator[Seen]:
-    """What was seen of every task. Raises FpoError where LIBERO is not set up."""
+    """What was seen of every task. Raises FpoError for what there is not, and where LIBERO is not set up."""
+    if not 1 <= args.idle_steps <= libero_setup.MAX_CHUNK:
+        raise FpoError(f"--idle-steps must be 1 to {libero_setup.MAX_CHUNK}, not {args.idle_steps}.")
+    for suite in args.suites:
+        if suite not in libero_files.SUITES:
+            raise FpoError(f"LIBERO has no suite {suite!r}{suggestion(suite, libero_files.SUITES)}")
     python, assets = libero_setup.find()
     for suite in args.suites:
-        with libero_setup.worker(python, assets, suite, ("image", "wrist_image") if args.cameras else ()) as pool:
+        with libero_setup.worker(python, assets, suite, CAMERAS if args.cameras else ()) as pool:
             known = pool.ask({"op": "tasks"})["suites"][suite]
-            for task in args.tasks if args.tasks is not None else range(len(known)):
+            names = [task["name"] for task in known]
+            wanted = range(len(known)) if args.tasks is None else args.tasks
+            for task in [find_task(suite, str(number), names) for number in wanted]:
                 inits = list(args.inits if args.inits is not None else range(known[task]["inits"]))
                 yield inspect(pool, suite, task, known[task]["prompt"], inits, args.idle_steps)
 
@@ -116,19 +124,25 @@ HEAD = (
 )
 
 
-def main(args: Args) -> None:
-    lines = [HEAD]
-    print(HEAD, flush=True)
+def main(args: Args) -> int:
+    """2 where a task failed, else 0."""
+    lines, failed = [HEAD], []
     for seen in visit(args):
+        if len(lines) == 1:
+            print(HEAD, flush=True)
+        failed += [f"{seen.suite}/{seen.task}"] if seen.failed else []
         lines.append(row(seen))
         print(lines[-1], flush=True)
         if args.out is not None:
             args.out.write_text("\n".join(lines) + "\n")
+    if failed:
+        print(f"Error: {len(failed)} tasks do not work: {', '.join(failed)}.", file=sys.stderr)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
     except FpoError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fpo_jax import analysis
-from fpo_jax.config import LatentConfig, OpenpiOptions, TrainConfig
+from fpo_jax.config import LatentConfig, LiberoOptions, OpenpiOptions, TrainConfig
+from fpo_jax.envs.common import num_cpus
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.rollout import FrozenBase
 from fpo_jax.runs import build
 from fpo_jax.steerability import CrossEntropySettings, best_constant_latent, floors, success_table, variance_shares
-from fpo_jax.types import FpoError, Quality
+from fpo_jax.types import FpoError, HostedEnv, Quality
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Args:
     """Where the weights of an openpi base lie, as in train.py."""
     openpi: OpenpiOptions = field(default_factory=OpenpiOptions)
     """How an openpi base is read, as in train.py."""
+    libero: LiberoOptions = field(default_factory=LiberoOptions)
+    """As in train.py, but for the turns."""
     render: Quality | None = None
     """Camera images, as in train.py."""
     episode_length: int | None = None
@@ -48,7 +51,8 @@ class Args:
     noises: int = 16
     """Noise seeds per initial state."""
     num_envs: int | None = None
-    """Environments simulated side by side; by default all (512). Give fewer where a large base needs the memory."""
+    """Environments simulated side by side; by default all (512), or two per CPU where each is a process (LIBERO). Give
+    fewer where a large base needs the memory."""
     search: CrossEntropySettings = field(default_factory=CrossEntropySettings)
     """Budget of the search for one constant latent; the default, 4 096 episodes, is more than FPO's own."""
     seed: int = 3_000_017
@@ -74,16 +78,18 @@ def measure(args: Args) -> tuple[dict[str, Any], np.ndarray]:
     config = replace(config, libero=replace(config.libero, overlap=False))
     system, params = build(config)
     base = FrozenBase(params)
-    constant = best_constant_latent(system, base, args.seed + 1, args.search, args.num_envs)
-    evaluator = Evaluator(system, base, args.states, args.seed, batch=args.num_envs or args.states)
+    num_envs = args.num_envs or (min(64, 2 * num_cpus()) if isinstance(system.env, HostedEnv) else None)
+    constant = best_constant_latent(system, base, args.seed + 1, args.search, num_envs)
+    evaluator = Evaluator(system, base, args.states, args.seed, batch=num_envs or args.states)
     table = success_table(evaluator, args.noises)
     across_states, across_noise = variance_shares(table)
-    rates = table.mean(axis=0)
+    rates = table.mean(axis=0).compressed()
     figures = {
         "env": args.env,
         "latent": f"{args.latent.space}, D = {system.dims.latent}",
         "states": args.states,
         "noises": args.noises,
+        "invalid_episodes": int(np.ma.count_masked(table)),
         "mean_success": float(table.mean()),
         "variance_share_states": across_states,
         "variance_share_noise": across_noise,

@@ -96,8 +96,14 @@ def read_result(path: Path) -> dict[str, Any]:
 def measured_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """One row for each base and each way of tuning it, with the suites that were measured. Raises FpoError."""
     rows: dict[str, dict[str, Any]] = {}
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}  # of each base: the file and the method of its first result
     for path in paths:
         result = read_result(path)
+        method = method_of(result)
+        before, known = first.setdefault(result["evaluation"]["base"], (path, method))
+        if changed := [name for name in known | method if known.get(name) != method.get(name)]:
+            named = ", ".join(changed)
+            raise FpoError(f"{path} and {before} are of two methods, as {named} differ: put them in two tables.")
         suite, base = result["protocol"]["env"], result["evaluation"]["base"]
         names = {"base": f"{base}, untrained"}
         if "tuned" in result:
@@ -110,6 +116,13 @@ def measured_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [
         {"source": "measured here", "method": method, "suites": cells} | mean(cells) for method, cells in rows.items()
     ]
+
+
+def method_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What one row has in common besides the base's name; where files lie is no part of it."""
+    about = result["evaluation"]
+    openpi = {f"openpi.{name}": value for name, value in about.get("openpi", {}).items() if name != "tokenizer"}
+    return {name: about.get(name) for name in ("base_crc32", "render", "execute_steps")} | openpi
 
 
 def cell(result: dict[str, Any], policy: str) -> dict[str, Any]:

@@ -3,20 +3,24 @@
     python experiments/table2_ablations.py --out runs/table2
 
 LIBERO's butter task, from the shipped state-based base (the paper's is π0 on pictures). Every run is a process of its
-own; finished ones are not repeated, interrupted ones go on where they stopped, and the table holds what is finished.
+own; finished ones are not repeated, interrupted ones go on where they stopped, and the table holds all that is finished
+in --out.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from ablations import evaluate, row, train
+from ablations import evaluate, row, stop_reason, train
 from rich.console import Console
 
+from fpo_jax import checkpoint
 from fpo_jax.config import LIBERO_BUTTER
 from fpo_jax.metrics import wilson_interval
+from fpo_jax.runs import read_config
 from fpo_jax.types import FpoError
 
 # preset -> (the paper's name, success that it published [%])
@@ -33,7 +37,7 @@ PUBLISHED = {
 @dataclass(frozen=True)
 class Args:
     presets: tuple[str, ...] = tuple(PUBLISHED)
-    """Rows of the table, in the order in which they are run."""
+    """What is trained, in this order."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the ablations."""
     full_seeds: tuple[int, ...] = (0, 1, 2)
@@ -61,7 +65,38 @@ def options(args: Args, name: str) -> list[str]:
 def result_of(run_dir: Path, episodes: int) -> dict:
     """A run's own evaluation, or one made now where it stopped itself before it."""
     own = run_dir / "evaluation.json"
-    return json.loads(own.read_text()) if own.exists() else evaluate(run_dir, episodes)
+    if own.exists():
+        return json.loads(own.read_text())
+    return evaluate(run_dir, episodes, seed=read_config(run_dir).evaluation.seed)
+
+
+def finished(out: Path) -> list[tuple[str, int, Path]]:
+    """(preset, seed, directory) of every run there that came to its last iteration, or stopped itself."""
+    names = {path.name: path for path in out.glob("*-s*")}
+    seeds = {name: re.fullmatch(r"(.+)-s(\d+)", name) for name in names}
+    runs = [(m[1], int(m[2]), names[name]) for name, m in seeds.items() if m and m[1] in PUBLISHED]
+    runs.sort(key=lambda run: (list(PUBLISHED).index(run[0]), run[1]))
+    return [run for run in runs if is_finished(run[2])]
+
+
+def is_finished(run_dir: Path) -> bool:
+    if stop_reason(run_dir) or (run_dir / "evaluation.json").exists():
+        return True
+    begun = (run_dir / "config.json").exists()
+    return begun and checkpoint.latest_step(run_dir) == read_config(run_dir).iterations
+
+
+def tabulate(args: Args) -> list[dict]:
+    """Write the table of all that is finished; returns its lines. Raises FpoError."""
+    rows = []
+    for name, seed, run_dir in finished(args.out):
+        result = result_of(run_dir, args.episodes)
+        rows.append(row(name, seed, run_dir, result) | {"valid": result["tuned"]["episodes"]})
+    lines = summary(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table2.json").write_text(json.dumps({"rows": lines, "runs": rows}, indent=2) + "\n")
+    (args.out / "table2.md").write_text(markdown(lines))
+    return lines
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -109,26 +144,20 @@ def markdown(lines: list[dict]) -> str:
 
 
 def main(args: Args) -> int:
-    rows = []
     try:
         for name in args.presets:
             if name not in PUBLISHED:
                 raise FpoError(f"Table II has no row for the preset {name!r}; it has {', '.join(PUBLISHED)}.")
-            for seed in args.full_seeds if name == LIBERO_BUTTER.preset else args.seeds:
-                run_dir = args.out / f"{name}-s{seed}"
-                if args.train:
-                    train(name, seed, run_dir, args.iterations, options(args, name))
-                elif not (run_dir / "evaluation.json").exists():
-                    continue
-                result = result_of(run_dir, args.episodes)
-                rows.append(row(name, seed, run_dir, result) | {"valid": result["tuned"]["episodes"]})
-                lines = summary(rows)
-                (args.out / "table2.json").write_text(json.dumps({"rows": lines, "runs": rows}, indent=2) + "\n")
-                (args.out / "table2.md").write_text(markdown(lines))
+        runs = [(n, s) for n in args.presets for s in (args.full_seeds if n == LIBERO_BUTTER.preset else args.seeds)]
+        for name, seed in runs if args.train else ():
+            run_dir = args.out / f"{name}-s{seed}"
+            train(name, seed, run_dir, args.iterations, options(args, name))
+            tabulate(args)
+        lines = tabulate(args)
     except FpoError as error:
         Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    print(markdown(summary(rows)), end="")
+    print(markdown(lines), end="")
     return 0
 
 

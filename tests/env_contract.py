@@ -94,7 +94,8 @@ def step_and_reset(step, state: EnvState, chunk: jax.Array) -> EnvState:
 
 def check_nan_isolated(step, start: EnvState, chunk: jax.Array) -> None:
     healthy, broken = step(start, chunk), step(start, chunk.at[0, 0, 0].set(jnp.nan))
-    assert broken.fault[0] and broken.done[0] and not broken.success[0] and not np.any(broken.fault[1:])
+    assert broken.truncated[0] and broken.done[0] and not broken.success[0] and not np.any(broken.fault)
+    assert broken.control_steps[0] == start.control_steps[0] and broken.reward[0] == 0
     chex.assert_tree_all_finite(broken.observation)
     assert_states_equal(jax.tree.map(lambda x: x[1:], broken), jax.tree.map(lambda x: x[1:], healthy))
     after = step(broken, chunk)

@@ -6,6 +6,8 @@ the environment variable FAKE_WORKER holds JSON:
     log             directory for one file per process: a JSON object per request
     step_seconds    how long a step takes
     fail_hello      the `failed` of hello
+    fail_drawing    the `failed` of a hello with cameras
+    opengl_after    [directory, name]: `opengl` of all but the first process that makes `first` in that directory
     die_once        directory: the process that is the first to make `died` in it dies at its first reset
 """
 
@@ -43,6 +45,14 @@ def log(**entry):
             file.write(json.dumps(entry) + "\n")
 
 
+def first_to_make(path):
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 class FakeWorker:
     def __init__(self, wire):
         self.wire, self.arrays, self.resets = wire, {}, 0
@@ -56,8 +66,10 @@ class FakeWorker:
             view = memoryview(self.memory)[field.offset : field.offset + size * (4 if field.dtype == "float32" else 1)]
             self.arrays[name] = view.cast("f") if field.dtype == "float32" else view
         self.cameras, self.pixels = request["cameras"], request["image_size"] ** 2 * 3
-        failed = OPTIONS.get("fail_hello", "")
-        return {"failed": failed, "opengl": "fake", "pid": os.getpid(), "versions": {"fake": "1"}}
+        failed = OPTIONS.get("fail_hello", "") or (OPTIONS.get("fail_drawing", "") if self.cameras else "")
+        directory, later = OPTIONS.get("opengl_after", (None, "fake"))
+        opengl = "fake" if directory is None or first_to_make(os.path.join(directory, "first")) else later
+        return {"failed": failed, "opengl": opengl, "pid": os.getpid(), "versions": {"fake": "1"}, "wait_steps": 10}
 
     def tasks(self, request):
         return {
@@ -72,12 +84,8 @@ class FakeWorker:
         self.steps, self.position = 0, [0.0, 0.0]
         self.resets += 1
         marker = OPTIONS.get("die_once")
-        if marker and self.resets == 1:
-            try:
-                os.close(os.open(os.path.join(marker, "died"), os.O_CREAT | os.O_EXCL))
-                os._exit(7)
-            except FileExistsError:
-                pass
+        if marker and self.resets == 1 and first_to_make(os.path.join(marker, "died")):
+            os._exit(7)
         angle = random.Random(json.dumps(self.episode)).uniform(0, 2 * math.pi)
         self.goal = [math.cos(angle), math.sin(angle)]
         return self.maybe_break("reset") or self.show() | {"success": False}

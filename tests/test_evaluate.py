@@ -161,6 +161,19 @@ def test_an_evaluation_goes_on_where_it_was_interrupted(point_mass, tmp_path, mo
     assert lines[0] == {"evaluation": ABOUT} and sorted(line["episode"] for line in lines[1:]) == list(range(10))
 
 
+def test_what_is_reported_is_what_the_log_holds(point_mass, tmp_path, monkeypatch):
+    """Of a batch that was half written the old lines stay, so they count too."""
+    evaluator, _ = point_mass
+    found = outcomes([1, 0, 1, 0])._replace(env_id=np.zeros(4, np.int32))
+    monkeypatch.setattr(Evaluator, "play_from", lambda *_: found)
+    with episode_log(tmp_path / "base.jsonl") as log:
+        log.write(range(1), outcomes([0])._replace(env_id=np.zeros(1, np.int32)))
+        played = evaluator.play(None, log=log)
+    with episode_log(tmp_path / "base.jsonl") as log:
+        assert_same_episodes(played, log.read(range(10)))
+    assert played.success.tolist() == [False, False, True, False, *found.success, *found.success[:2]]
+
+
 def test_episodes_of_another_evaluation_are_refused(tmp_path):
     path = tmp_path / "tuned.jsonl"
     with episode_log(path):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from env_contract import assert_states_equal
+from fpo_jax.envs import workers
 from fpo_jax.envs.host import HostEnv, Outcome
 from fpo_jax.rollout import FrozenBase, python_rollout, rollout, start
-from fpo_jax.types import Camera, Env, EnvState, HostedEnv
+from fpo_jax.types import Camera, Env, EnvState, FpoError, HostedEnv
 from test_rollout import plain
 from tiny import TINY, jit, keys, run_rollout
 from tiny_libero import QUICK, NoisyBase, base_system, fake_libero, log_of, pool_of
@@ -123,12 +124,15 @@ def test_success_ends_a_chunk(env):
     assert np.all(state.success & state.terminated & (state.reward == 1)) and not np.any(state.fault | state.truncated)
 
 
-def test_actions_that_are_not_finite_cost_the_episode_but_no_process(env):
+def test_actions_that_are_not_finite_are_a_failure_of_the_policy(env):
+    """Not an invalid episode, which would raise the rate of success; and they cost no process."""
+    begun = begin(env)
     pids = pool_of(env).pids()
     healthy = without_ticket(env.step(begin(env), still()))
     state = env.step(begin(env), still().at[0, 2, 6].set(jnp.nan))
-    np.testing.assert_array_equal(state.fault, [True, False, False, False])
-    assert np.isfinite(state.observation.proprio).all() and not state.success[0]
+    assert state.truncated.tolist() == [True, False, False, False] and not np.any(state.fault | state.success)
+    np.testing.assert_array_equal(state.observation.object_pose[0], begun.observation.object_pose[0])
+    assert state.physics.tally[0].sum(0).tolist() == [0, 1]
     others = [jax.tree.map(lambda leaf: leaf[1:], tree) for tree in (without_ticket(state), healthy)]
     assert_states_equal(*others)
     state = env.step(state, still())
@@ -155,6 +159,18 @@ def test_a_result_is_collected_once(env):
     flying = env.submit(begin(env), still())
     first, second = env.collect(flying), env.collect(flying)
     assert not np.any(first.fault) and np.all(second.fault)
+
+
+def test_a_reset_is_collected_once(tmp_path):
+    """A second time it is lost: it must not begin once more, in place of what the slot has come to since."""
+    with fake_libero(told={"log": str(tmp_path)}) as env:
+        over = begin(env)._replace(truncated=jnp.ones(4, bool))
+        flying = env.submit(over, still())
+        assert not np.any(env.collect(flying).fault) and np.all(env.collect(flying).fault)
+        newer = env.submit(begin(env, seed=5), still())
+        assert np.all(env.collect(flying).fault)  # of a stale ticket
+        assert not np.any(env.collect(newer).fault)
+    assert sum(entry["op"] == "reset" for entry in log_of(tmp_path)) == 3 * 4
 
 
 def test_a_request_that_nobody_collects_does_not_disturb_the_next(env):
@@ -299,6 +315,8 @@ class BrokenVector:
     def __init__(self):
         self.raising = False
 
+    def prepare(self, slots): ...
+
     def submit_reset(self, slot, episode): ...
 
     def submit_step(self, slot, actions):
@@ -326,6 +344,15 @@ def test_no_exception_leaves_a_callback(env):
     assert np.all(state.fault)
     vector.raising = True
     assert np.all(begin(broken).fault)
+
+
+def test_more_simulators_than_fit_are_refused_before_any_starts(monkeypatch):
+    with fake_libero() as env:
+        monkeypatch.setattr(workers, "available_memory", lambda: 3 * 2**30)
+        with pytest.raises(FpoError, match=r"^64 simulators need about 16 GiB .* --num-envs 13 or fewer"):
+            jax.jit(env.reset)(keys(64))
+        assert len(pool_of(env).pids()) == 1
+        assert not np.any(begin(env).fault)
 
 
 def test_suites_can_draw_by_success():

@@ -36,7 +36,8 @@ SPATIAL_TASKS = ("reach_the_red_goal", "reach_the_blue_goal", "reach_the_green_g
 def test_official_protocol_is_the_default():
     limits = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
     assert limits == libero.EPISODE_LENGTH
-    with fake_libero(episode_length=None, execute_steps=None) as env:
+    cameras = (Camera("image", 8), Camera("wrist_image", 8))
+    with fake_libero(cameras=cameras, episode_length=None, execute_steps=None) as env:
         spec = env.spec
     assert (spec.episode_length, spec.execute_steps, spec.decisions, spec.control_hz) == (220, 5, 44, 20.0)
     assert (spec.action_dim, spec.proprio_dim, spec.tasks) == (7, 8, SPATIAL_TASKS)
@@ -54,8 +55,11 @@ def test_deviations_are_named():
             "execute_steps": "10 instead of 5",
             "test_inits": "40:50 instead of all",
             "quality": "fast instead of official",
+            "cameras": "image instead of image and wrist_image",
         }
         assert env.spec.protocol["train_inits"] == "0:40" and env.spec.test_episodes == 30
+    with fake_libero() as env:
+        assert env.spec.protocol["deviations"]["observation"] == "object poses instead of pictures"
 
 
 @pytest.mark.parametrize("name", ["libero_90/1", "libero_90/KITCHEN_SCENE2_close_the_drawer"])

@@ -1,5 +1,6 @@
 """LIBERO's scripted expert: its geometry by hand, its phases on a hand without weight, and in LIBERO itself."""
 
+import clone_libero
 import numpy as np
 import pytest
 
@@ -138,6 +139,16 @@ def test_mixture_draws_by_the_rule():
         np.testing.assert_allclose(offsets[displaced, 0], sign * 0.065, atol=0.015)
         np.testing.assert_allclose(offsets[~displaced], 0, atol=0.015)
         np.testing.assert_allclose(offsets[:, 1].std(), 0.003, atol=0.001)
+
+
+def test_the_cloning_command_hands_on_where_libero_lies(monkeypatch, tmp_path):
+    given, options = [], LiberoOptions(python="/elsewhere")
+    monkeypatch.setattr(clone_libero, "make_env", lambda *_, libero, **__: given.append(libero))
+    monkeypatch.setattr(clone_libero, "record_mixture", lambda *told: given.append(told[6]))
+    monkeypatch.setattr(clone_libero, "Subject", lambda about, mixture, env, record: record)
+    monkeypatch.setattr(clone_libero, "make_base", lambda args, record: record(print))
+    clone_libero.main(clone_libero.Args(out=tmp_path, libero=options))
+    assert given == [options, options]
 
 
 @pytest.mark.libero

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import libero_tasks
 import pytest
 
 from fpo_jax.envs import libero_files, libero_setup
+from fpo_jax.envs.workers import StartError
 from fpo_jax.types import FpoError
 from libero_venv import installed
+from tiny_libero import COMMAND
 
 NEEDED = Path(libero_setup.__file__).with_name("libero_assets.txt").read_text().splitlines()
 
@@ -186,6 +190,70 @@ def test_nothing_is_done_twice(venv, pack, tmp_path, monkeypatch):
     lines = list(libero_setup.set_up(pack))
     assert len(commands) == 5 and "used where it is" in lines[1]
     assert libero_setup.find()[1] == pack / "assets"
+
+
+def fake_libero_python(tmp_path, monkeypatch, told: dict, crash: str = "") -> Path:
+    """Stands for the Python of LIBERO's virtual environment: it runs fake workers, or `crash` before them."""
+    python = tmp_path / "python"
+    command = " ".join(map(shlex.quote, COMMAND))
+    python.write_text(f"#!/bin/sh\n{crash}\nexec {command}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("FAKE_WORKER", json.dumps(told))
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    return python
+
+
+def test_without_opengl_the_set_up_is_for_states_only(tmp_path, monkeypatch):
+    told = {"fail_drawing": "render: no OpenGL library works"}
+    hello, seen = libero_setup.try_out(fake_libero_python(tmp_path, monkeypatch, told), tmp_path)
+    assert "NO PICTURES" in seen and "no OpenGL library works" in seen and hello["versions"] == {"fake": "1"}
+
+
+def test_only_a_driver_that_crashes_is_replaced(tmp_path, monkeypatch):
+    """And where the replacement crashes too, both reasons are told; nothing else is tried twice."""
+    python = fake_libero_python(tmp_path, monkeypatch, {}, 'test "$MUJOCO_GL" = osmesa || kill -SEGV $$')
+    assert libero_setup.try_out(python, tmp_path)[1].startswith("one reset, one step, 2 pictures of 224 x 224")
+    python = fake_libero_python(tmp_path, monkeypatch, {}, "kill -SEGV $$")
+    with pytest.raises(StartError) as crashed, libero_setup.worker(python, tmp_path, "libero_spatial"):
+        pass
+    assert crashed.value.reason == (
+        "render: first it died: exit status -11; with MUJOCO_GL=osmesa died: exit status -11"
+    )
+    python = fake_libero_python(tmp_path, monkeypatch, {}, f"echo x >> {tmp_path}/tries; echo no libero >&2; exit 1")
+    with (
+        pytest.raises(StartError, match="exit status 1, no libero"),
+        libero_setup.worker(python, tmp_path, "libero_90"),
+    ):
+        pass
+    assert (tmp_path / "tries").read_text() == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"suites": ("libero_9",)}, "LIBERO has no suite 'libero_9'; did you mean"),
+        ({"tasks": (0, 99)}, "libero_spatial has the tasks 0 to 2, so there is no libero_spatial/99"),
+        ({"idle_steps": 60}, "--idle-steps must be 1 to 50, not 60"),
+    ],
+)
+def test_the_table_of_tasks_names_mistakes(options, sentence, tmp_path, monkeypatch):
+    python = fake_libero_python(tmp_path, monkeypatch, {})
+    monkeypatch.setattr(libero_setup, "find", lambda: (python, tmp_path))
+    args = libero_tasks.Args(**{"suites": ("libero_spatial",), **options})
+    with pytest.raises(FpoError, match=sentence):
+        list(libero_tasks.visit(args))
+
+
+def test_the_table_of_tasks_fails_where_a_task_does(tmp_path, monkeypatch, capsys):
+    told = {"faults": {"physics": 0.5}}
+    monkeypatch.setattr(libero_setup, "find", lambda: (fake_libero_python(tmp_path, monkeypatch, told), tmp_path))
+    args = libero_tasks.Args(suites=("libero_spatial",), inits=(0, 1))
+    assert libero_tasks.main(args) == 2
+    captured = capsys.readouterr()
+    failed = [line.split(" | ")[0].strip("| ") for line in captured.out.splitlines() if "physics: told" in line]
+    assert failed and captured.err == f"Error: {len(failed)} tasks do not work: {', '.join(failed)}.\n"
+    told.clear()
+    assert libero_tasks.main(args) == 0
 
 
 # --- LIBERO itself

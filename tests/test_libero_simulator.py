@@ -51,9 +51,11 @@ OPENPI = """
 import json, os
 python, assets, opengl, suite, task, episodes, actions, out = sys.argv[0], *sys.argv[1:]
 os.environ.update(MUJOCO_GL=opengl, LIBERO_CONFIG_PATH=os.path.join(sys.prefix, "libero_config"))
+import math
 import numpy as np
 from pathlib import Path
-files, simulator = load("libero_files"), load("libero_simulator")
+from PIL import Image
+files = load("libero_files")
 import libero.libero
 libero.libero._assets_path_cache = assets
 from libero.libero.envs import OffScreenRenderEnv
@@ -64,15 +66,24 @@ env = OffScreenRenderEnv(bddl_file_name=str(files.bddl_file(root, suite, name)),
 env.seed(7)
 found = {"proprio": [], "objects": [], "images": []}
 
+def axis_angle(quaternion):  # as openpi's client computes it; nothing of the code under test
+    *axis, w = quaternion.tolist()
+    w = min(max(w, -1.0), 1.0)
+    sine = math.sqrt(1.0 - w * w)
+    return [part * 2.0 * math.acos(w) / sine if sine else 0.0 for part in axis]
+
+def resized(picture):  # a square has no padding
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((224, 224), resample=Image.BILINEAR))
+
 def keep(obs):
-    rotation = simulator.axis_angle(obs["robot0_eef_quat"].copy())
+    rotation = axis_angle(obs["robot0_eef_quat"])
     found["proprio"].append(np.concatenate([obs["robot0_eef_pos"], rotation, obs["robot0_gripper_qpos"]]))
     poses = np.zeros((32, 7))
     for i, thing in enumerate(env.env.objects_dict):
         poses[i] = [*obs[thing + "_pos"], *obs[thing + "_quat"][[3, 0, 1, 2]]]
     found["objects"].append(poses)
     images = [obs["agentview_image"], obs["robot0_eye_in_hand_image"]]
-    found["images"].append([simulator.resize_with_pad(image[::-1, ::-1], 224) for image in images])
+    found["images"].append([resized(image[::-1, ::-1]) for image in images])
 
 for episode in range(int(episodes)):
     env.reset()

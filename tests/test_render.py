@@ -141,7 +141,7 @@ def test_contract(pool):
 
 
 def test_one_picture_per_environment_and_decision(pool, monkeypatch):
-    """Of the state in which the decision ended: after a success, a fault and a reset, too."""
+    """Of the state in which the decision ended: after actions that are refused and a reset, too."""
     pictures = []
     submit = pool.submit
     monkeypatch.setattr(pool, "submit", lambda *args: pictures.append(args) or submit(*args))
@@ -149,14 +149,14 @@ def test_one_picture_per_environment_and_decision(pool, monkeypatch):
     reset, step = jax.jit(env.reset), jax.jit(env.step)
     state = reset(jax.random.split(jax.random.key(0), 3))
     chunk = gentle_chunk(env, state)
-    for actions, fault in ((chunk, 0), (chunk.at[0].set(jnp.nan), 1), (chunk, 0)):
+    for actions, refused in ((chunk, 0), (chunk.at[0].set(jnp.nan), 1), (chunk, 0)):
         assert len(pictures) == 3
         images = state.observation.images
         assert images.keys() == {"top"}
         np.testing.assert_array_equal(images["top"], pool.render_rows(env.qpos(state), SMALL))
         pictures.clear()
         state = jax.block_until_ready(step(state, actions))
-        np.testing.assert_array_equal(state.fault, [fault, 0, 0])
+        np.testing.assert_array_equal(state.done, [refused, 0, 0])
 
 
 def test_pictures_do_not_depend_on_the_number_of_processes(pool, single):

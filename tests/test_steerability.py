@@ -1,12 +1,15 @@
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import steerability as steerability_script
 
+from fpo_jax import steerability
 from fpo_jax.algorithms import fixed
-from fpo_jax.evaluate import Evaluator
+from fpo_jax.envs.common import num_cpus
+from fpo_jax.evaluate import Evaluator, Outcomes
 from fpo_jax.metrics import wilson_interval
 from fpo_jax.rollout import FrozenBase
 from fpo_jax.steerability import (
@@ -17,7 +20,9 @@ from fpo_jax.steerability import (
     success_table,
     variance_shares,
 )
+from fpo_jax.types import FpoError
 from tiny import jit, make_system
+from tiny_libero import QUICK, fake_libero
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,6 +171,56 @@ def test_floors():
     assert rates["base"] == wilson_interval(int(table[0].sum()), 12)
     assert rates["best of 3 noises"] == wilson_interval(int(table.any(axis=0).sum()), 12)
     assert rates["best of 3 noises"].estimate >= table.mean(axis=1).max()
+
+
+def test_invalid_episodes_count_neither_as_success_nor_as_failure(monkeypatch):
+    """State 0 is solved in every valid episode; state 2 has none at all."""
+    settings = CrossEntropySettings(generations=1, population=2, elites=1, episodes_per_candidate=2)
+    played = Outcomes(
+        np.array([True, False, False, False]),
+        np.ones(4, np.int32),
+        np.ones(4, np.float32),
+        np.array([0, 1, 0, 0], bool),
+    )
+    monkeypatch.setattr(Evaluator, "play_from", lambda *_: played)
+    scores = []
+
+    def search(score, dim, *_):
+        scores.extend(score(np.zeros((2, dim)), 0))
+        return np.zeros(dim)
+
+    monkeypatch.setattr(steerability, "cross_entropy_method", search)
+    best_constant_latent(make_system(), FrozenBase({}), seed=0, settings=settings)
+    assert scores == [1.0, 0.0]
+
+    invalid = np.array([[0, 0, 1], [1, 0, 1], [0, 0, 1]], bool)
+    success = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
+    rows = [played._replace(success=s, invalid=i) for s, i in zip(success, invalid, strict=True)]
+    monkeypatch.setattr(Evaluator, "play_base", lambda _, noise_seed: rows[noise_seed])
+    monkeypatch.setattr(Evaluator, "play", lambda *_: rows[1])
+    evaluator = Evaluator(make_system(), FrozenBase({}), episodes=3, seed=1)
+    table = success_table(evaluator, 3)
+    # Rates 1 over 2 noises and 1/3 over 3: within = (0 + 2/9 · 3/2)/2 = 1/6, total = 3/5 · 2/5
+    assert variance_shares(table) == (pytest.approx(11 / 36), pytest.approx(25 / 36))
+    rates = floors(evaluator, table, np.zeros(evaluator.system.dims.latent))
+    assert rates["base"] == wilson_interval(1, 2) and rates["zero noise"] == wilson_interval(1, 1)
+    assert rates["best of 3 noises"] == wilson_interval(2, 2)
+
+
+def test_simulators_that_are_processes_are_few_by_default(monkeypatch):
+    asked = []
+
+    def search(system, base, seed, settings, num_envs):
+        asked.append(num_envs)
+        raise FpoError("enough")
+
+    monkeypatch.setattr(steerability_script, "best_constant_latent", search)
+    with fake_libero() as env:
+        for of_env in (env, make_system().env):
+            monkeypatch.setattr(steerability_script, "build", lambda config, e=of_env: (SimpleNamespace(env=e), {}))
+            with pytest.raises(FpoError, match="enough"):
+                steerability_script.measure(steerability_script.Args(libero=QUICK))
+    assert asked == [min(64, 2 * num_cpus()), None]
 
 
 def test_the_command(tmp_path, capsys):

@@ -55,16 +55,18 @@ def run(arguments, capsys) -> tuple[int, str, str]:
 def test_a_base_on_a_whole_suite(tmp_path, capsys):
     """All official episodes by default, per task and together."""
     target = tmp_path / "new" / "spatial.json"
-    code, out, _ = run([*SUITE, "--json", target], capsys)
+    code, out, _ = run([*SUITE, "--json", target, "--openpi.prompt", "do it"], capsys)
     assert code == 0
     result = json.loads(target.read_text())
-    assert result.keys() == {"base", "protocol", "evaluation"}
+    assert result.keys() == {"base", "protocol", "evaluation"} and result["protocol"]["prompt"] == "do it"
     base = result["base"]
     assert base["episodes"] == result["evaluation"]["episodes"] == 150 and base["tasks"].keys() == set(SPATIAL_TASKS)
     successes = [round(task["success_rate"] * 50) for task in base["tasks"].values()]
     assert [task["episodes"] for task in base["tasks"].values()] == [50] * 3 and 0 < sum(successes) < 150
     assert (base["success_rate"], base["low"], base["high"]) == tuple(wilson_interval(sum(successes), 150))
-    assert result["protocol"]["deviations"].keys() == {"seeds", "episode_length", "execute_steps"}
+    deviations = result["protocol"]["deviations"]
+    assert deviations.keys() == {"seeds", "episode_length", "execute_steps", "observation", "prompt"}
+    assert deviations["prompt"] == "'do it' instead of the task's name"
     for sentence in ("reach_the_red_goal: base ", "base: success ", "execute_steps: 3 instead of 5", "so far"):
         assert sentence in out
 

@@ -106,6 +106,24 @@ def test_what_is_no_suite_is_refused(content, sentence, tmp_path, capsys):
     assert err.startswith("Error: ") and sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("changed", ["base_crc32", "execute_steps", "openpi.denoise_steps"])
+def test_a_row_is_of_one_method(changed, tmp_path, capsys):
+    """Other weights or settings under the same name are another method; another file of the tokenizer is not."""
+    about = {"base": "pi05_libero", "base_crc32": 1, "render": None, "execute_steps": 5}
+    files = []
+    for number, suite in enumerate(("libero_goal", "libero_10", "libero_object")):
+        other = about | {"openpi": {"denoise_steps": 10, "tokenizer": f"/{number}"}}
+        if number == 2:
+            place, _, name = changed.rpartition(".")
+            (other[place] if place else other)[name] = 3
+        files.append(write(tmp_path, f"{suite}.json", result(suite, 0.5, evaluation=other)))
+    assert script.main(files[:2]) == 0
+    capsys.readouterr()
+    assert script.main(files) == 2
+    err = capsys.readouterr().err
+    assert f"libero_object.json and {files[0]} are of two methods, as {changed} differ: " in err
+
+
 def test_one_row_has_one_result_of_a_suite(tmp_path, capsys):
     twice = [write(tmp_path, name, result("libero_goal", 0.5)) for name in ("a.json", "b.json")]
     assert script.main(twice) == 2

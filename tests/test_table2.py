@@ -5,7 +5,7 @@ import json
 import pytest
 import table2_ablations as table2
 
-from fpo_jax.config import LIBERO_BUTTER, PRESETS
+from fpo_jax.config import LIBERO_BUTTER, PRESETS, to_dict
 
 
 def run(preset: str, seed: int, successes: int, episodes: int = 200, stopped: str | None = None) -> dict:
@@ -48,3 +48,37 @@ def test_the_ablations_get_the_task_and_the_full_method_its_preset():
 def test_the_evaluation_of_a_run_is_taken_as_it_is(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"tuned": {"success_rate": 0.5}}))
     assert table2.result_of(tmp_path, 200) == {"tuned": {"success_rate": 0.5}}
+
+
+def store(out, name: str, evaluation: dict | None, stopped: str | None = None) -> None:
+    """A run that is over, as far as the table looks at it."""
+    (out / name).mkdir()
+    record = {"iteration": 1, "iteration_seconds": 60.0, "episodes": 80, "success_rate": 0.5}
+    (out / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (out / name / "config.json").write_text(json.dumps(to_dict(LIBERO_BUTTER)))
+    if evaluation:
+        (out / name / "evaluation.json").write_text(json.dumps(evaluation))
+    if stopped:
+        (out / name / "stopped.json").write_text(json.dumps({"iteration": 1, "reason": stopped}))
+
+
+def test_the_table_holds_all_that_is_finished_whatever_was_asked_for(tmp_path, monkeypatch, capsys):
+    rate = {"success_rate": 0.5, "low": 0.4, "high": 0.6, "episodes": 20, "invalid_episodes": 0}
+    result = {"base": rate, "tuned": rate, "difference": rate}
+    store(tmp_path, "libero_butter-s10", result)
+    store(tmp_path, "libero_butter-s9", result)
+    store(tmp_path, "no_clip-s0", None, stopped="Training stopped: success collapsed to 1.0%, from 50.0% at the start")
+    store(tmp_path, "no_ratio-s0", None)  # still at work
+    store(tmp_path, "single_step-s0", None, stopped="Training stopped: 101 simulator processes were lost (101 died)")
+    asked = []
+
+    def evaluate(run_dir, episodes, seed):
+        asked.append((run_dir.name, episodes, seed))
+        return result
+
+    monkeypatch.setattr(table2, "evaluate", evaluate)
+    assert table2.main(table2.Args(out=tmp_path, train=False, presets=("no_clip",), episodes=20)) == 0
+    assert asked == [("no_clip-s0", 20, LIBERO_BUTTER.evaluation.seed)]  # the others' own evaluation has this seed too
+    table = json.loads((tmp_path / "table2.json").read_text())
+    assert [(row["preset"], row["seeds"]) for row in table["rows"]] == [("libero_butter", [9, 10]), ("no_clip", [0])]
+    assert "(`no_clip`) (stopped itself)" in capsys.readouterr().out

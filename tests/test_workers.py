@@ -1,6 +1,7 @@
 """Worker processes: what goes wrong is noticed, replaced and counted, and nothing stays behind."""
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpo_jax.envs import wire
+from fpo_jax.envs import wire, workers
 from fpo_jax.envs.host import Episode
 from fpo_jax.envs.workers import WorkerPool, WorkerSettings
 from fpo_jax.types import FpoError
@@ -113,6 +114,21 @@ def test_another_python_gets_no_packages_of_this_one(make_pool, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) - descriptors <= 4  # memory, socket, pipe, error log
 
 
+def test_the_limit_of_open_files_rises_with_the_workers(make_pool, monkeypatch):
+    limits = []
+    monkeypatch.setattr(workers.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(workers.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    pool = make_pool()
+    for slots in (64, 2000):
+        pool.prepare(slots)
+    assert limits == [(1024 + 4 * 64, 4096), (4096, 4096)]
+
+
+def test_memory_that_is_free():
+    free = workers.available_memory()
+    assert free is not None and 2**20 < free < 2**50
+
+
 # --- faults
 
 
@@ -137,6 +153,15 @@ def test_a_worker_that_fails_is_ended_and_replaced(make_pool, caplog, kind, expe
     assert not alive(first) and alive(pool.pids()[0]) and pool.pids()[0] != first
     assert pool.report() == {"worker_restarts": 1.0} and str(first) in caplog.text
     assert pool.problem() is None
+
+
+def test_a_worker_that_draws_with_another_opengl_is_no_worker(make_pool, tmp_path):
+    """Results state the first one's, and pictures of another library differ."""
+    pool = make_pool(json.dumps({"opengl_after": [str(tmp_path), "osmesa"]}), max_restarts=2)
+    assert play(pool)[1].failed == ""
+    begun, _ = play(pool, slot=1)
+    assert begun.failed == "render: another OpenGL than the first worker (osmesa, fake)"
+    assert set(pool.faults) == {"render"} and play(pool)[1].failed == ""
 
 
 def test_a_worker_that_is_killed_from_outside(make_pool):

@@ -151,8 +151,9 @@ class Evaluator:
             if outcomes is None:
                 noise_key = jax.random.fold_in(noise_key, noise_seed)
                 outcomes = self.play_from(agent, env_keys, noise_key, system, numbers)
-                if log:
+                if log:  # which may hold a part of this batch already, and keeps what it holds
                     log.write(wanted, outcomes)
+                    outcomes = log.read(wanted) or outcomes
             played.append(outcomes)
         return Outcomes(*(np.concatenate(column)[: self.episodes] for column in zip(*played, strict=True)))
 

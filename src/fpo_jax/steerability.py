@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from fpo_jax.algorithms import fixed
-from fpo_jax.evaluate import Evaluator
+from fpo_jax.evaluate import Evaluator, Outcomes
 from fpo_jax.metrics import Interval, wilson_interval
 from fpo_jax.rollout import FrozenBase, System
 
@@ -70,25 +70,33 @@ def best_constant_latent(
         success = []
         for some in rows.reshape(-1, batch):
             agent = fixed.FixedLatent(latents[some], jnp.zeros(()))
-            success.append(evaluator.play_from(agent, env_keys[some], noise_key, evaluator.fixed_system).success)
-        return np.concatenate(success)[:total].reshape(settings.population, per_candidate).mean(axis=1)
+            played = evaluator.play_from(agent, env_keys[some], noise_key, evaluator.fixed_system)
+            success.append(success_of_valid(played))
+        rates = np.ma.concatenate(success)[:total].reshape(settings.population, per_candidate).mean(axis=1)
+        return np.ma.filled(rates, 0.0)  # a candidate that breaks every simulation is no candidate
 
     return cross_entropy_method(score, system.dims.latent, jax.random.key(seed + 2), settings)
 
 
-def success_table(evaluator: Evaluator, num_noises: int) -> Bool[np.ndarray, "K E"]:
-    """Success of the base from each of E initial states under each of K noise seeds."""
-    return np.stack([evaluator.play_base(noise_seed).success for noise_seed in range(num_noises)])
+def success_of_valid(outcomes: Outcomes) -> Bool[np.ma.MaskedArray, " E"]:
+    """Success of each episode, masked where it is invalid."""
+    return np.ma.masked_array(outcomes.success, outcomes.invalid)
+
+
+def success_table(evaluator: Evaluator, num_noises: int) -> Bool[np.ma.MaskedArray, "K E"]:
+    """Success of the base from each of E initial states under each of K noise seeds; invalid episodes are masked."""
+    return np.ma.stack([success_of_valid(evaluator.play_base(noise_seed)) for noise_seed in range(num_noises)])
 
 
 def variance_shares(table: Bool[np.ndarray, "K E"]) -> tuple[float, float]:
     """(across states, across noise within a state): the parts of the success variance p(1-p), as shares of it.
 
     Var(success) = Var_states(p_s) + E_states[p_s (1 - p_s)], the first corrected for the finite number K of noises.
+    Masked episodes do not count; states with less than two that do say nothing of the noise.
     """
-    num_noises = table.shape[0]
+    num_noises = np.ma.count(table, axis=0)
     rates = table.mean(axis=0)
-    within = float(np.mean(rates * (1 - rates))) * num_noises / (num_noises - 1)
+    within = float(np.ma.mean(rates * (1 - rates) * np.ma.divide(num_noises, num_noises - 1)))
     total = float(table.mean() * (1 - table.mean()))
     if total == 0:
         return 0.0, 0.0
@@ -96,25 +104,25 @@ def variance_shares(table: Bool[np.ndarray, "K E"]) -> tuple[float, float]:
 
 
 def floors(
-    evaluator: Evaluator, table: Bool[np.ndarray, "K E"], constant: Float[np.ndarray, " D"]
+    evaluator: Evaluator, table: Bool[np.ma.MaskedArray, "K E"], constant: Float[np.ndarray, " D"]
 ) -> dict[str, Interval]:
-    """Success of everything that needs no learned actor, from the same initial states.
+    """Success of everything that needs no learned actor, from the same initial states, over the valid episodes.
 
     `best of K` is the share of states that any of the K noise seeds solves: an oracle, no policy.
     """
     dim = evaluator.system.dims.latent
 
-    def rate(success):
-        return wilson_interval(int(success.sum()), success.size)
+    def rate(success: Bool[np.ma.MaskedArray, " E"]) -> Interval:
+        return wilson_interval(int(success.compressed().sum()), int(success.count()))
 
     def fixed_rate(mean, scale):
         agent = fixed.FixedLatent(jnp.asarray(mean, jnp.float32), jnp.float32(scale))
-        return rate(evaluator.play(agent, evaluator.fixed_system).success)
+        return rate(success_of_valid(evaluator.play(agent, evaluator.fixed_system)))
 
     return {
         "base": rate(table[0]),
         "zero noise": fixed_rate(np.zeros(dim), 0.0),
         "half noise": fixed_rate(np.zeros(dim), 0.5),
         "best constant latent": fixed_rate(constant, 0.0),
-        f"best of {len(table)} noises": rate(table.any(axis=0)),
+        f"best of {len(table)} noises": rate(np.ma.asarray(table.any(axis=0))),
     }

@@ -53,7 +53,7 @@ class EnvState(NamedTuple):
     observation: Observation
     reward: Float[Array, " N"]  # the task's own reward after the last executed control step (ALOHA: stage 0..4)
     terminated: Bool[Array, " N"]  # the task ended (success)
-    truncated: Bool[Array, " N"]  # the time limit was reached
+    truncated: Bool[Array, " N"]  # the time limit was reached, or an action was not finite
     success: Bool[Array, " N"]
     fault: Bool[Array, " N"]  # the simulation broke (non-finite physics, dead worker): the episode counts as invalid
     control_steps: Int[Array, " N"]  # control steps since the episode began

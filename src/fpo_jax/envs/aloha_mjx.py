@@ -18,7 +18,7 @@ from mujoco import mjx
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_raycast import RayCaster
 from fpo_jax.envs.aloha_render import Eye, RenderPool
-from fpo_jax.envs.common import join, pieces, where_env
+from fpo_jax.envs.common import join, no_actions, pieces, where_env
 from fpo_jax.flow import split_keys
 from fpo_jax.types import Camera, EnvState, FpoError
 
@@ -147,8 +147,8 @@ class AlohaMjx:
     def step(self, state: EnvState, chunk: Float[Array, "N h 14"]) -> EnvState:
         """Execute the first actions of each chunk; environments that are done start a new episode instead."""
         actions = chunk[:, : self.spec.execute_steps].astype(jnp.float32)
-        finite = jnp.isfinite(actions).all(axis=(1, 2))
-        ctrl = aloha.control_from_action(jnp.where(finite[:, None, None], actions, 0.0))
+        refused = no_actions(actions)
+        ctrl = aloha.control_from_action(jnp.where(refused[:, None, None], 0.0, actions))
 
         def control_step(carry, ctrl):
             physics, reward, steps = carry
@@ -160,9 +160,12 @@ class AlohaMjx:
 
         start = (state.physics, jnp.zeros_like(state.control_steps), state.control_steps)
         (physics, reward, steps), _ = jax.lax.scan(control_step, start, ctrl.swapaxes(0, 1))
-        fault = ~finite | ~_is_sane(physics)
+        # Zeros were no actions that anybody chose.
+        physics, reward, steps = where_env(refused, start, (physics, reward, steps))
+        fault = ~_is_sane(physics)
         physics = where_env(fault, state.physics, physics)
         stepped = self._state(physics, jnp.where(fault, 0, reward), fault, steps, state.key)
+        stepped = stepped._replace(truncated=stepped.truncated | refused)
         return self._with_images(where_env(state.done, self._start_anywhere(state.key), stepped))
 
     def qpos(self, state: EnvState) -> np.ndarray:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from fpo_jax.envs import aloha
 from fpo_jax.envs.aloha_render import Eye, RenderPool
-from fpo_jax.envs.common import join, num_cpus, pieces
+from fpo_jax.envs.common import join, no_actions, num_cpus, pieces
 from fpo_jax.flow import split_keys
 from fpo_jax.types import Camera, EnvState
 
@@ -130,8 +130,6 @@ def _reset_row(cube_position: np.ndarray) -> _Row:
 
 def _step_row(state: np.ndarray, actions: np.ndarray) -> _Row:
     """Run `actions` [k, 14] until they are used up or the task succeeds; a broken simulation returns `state`."""
-    if not np.isfinite(actions).all():
-        return _Row(state, 0, 0, True)
     model, data = load_model(), _thread_data()
     data.warning.number[:] = 0
     mujoco.mj_setState(model, data, state, STATE_KIND)
@@ -192,7 +190,8 @@ class AlohaMujoco:
         cube_position = jax.vmap(aloha.sample_cube_position)(draws)
         keys = jnp.where(state.done, next_keys, state.key)
         chunk = chunk[:, : self.spec.execute_steps]
-        return self._advance(state.physics, chunk, state.done, cube_position, state.control_steps, keys)
+        after = self._advance(state.physics, chunk, state.done, cube_position, state.control_steps, keys)
+        return after._replace(truncated=after.truncated | (no_actions(chunk) & ~state.done))
 
     def qpos(self, state: EnvState) -> np.ndarray:
         """Joint positions [N, 23] in float64, on the host (for videos and analysis)."""
@@ -247,7 +246,12 @@ class AlohaMujoco:
     def _run_row(self, state, actions, done, cube_position, steps_left) -> tuple[_Row, Future[np.ndarray] | None]:
         """One environment's outcome, and a picture of it, which is drawn while others are still simulated."""
         try:
-            row = _reset_row(cube_position) if done else _step_row(state, actions[: max(steps_left, 0)])
+            if done:
+                row = _reset_row(cube_position)
+            elif not np.isfinite(actions).all():
+                row = _Row(state, 0, 0, False)
+            else:
+                row = _step_row(state, actions[: max(steps_left, 0)])
         except Exception:  # whatever went wrong is this environment's fault alone
             row = _Row(state, 0, 0, True)
         return row, None if self._eye is None else self._eye.look(row.state[_QPOS])

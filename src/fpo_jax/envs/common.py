@@ -5,7 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 # A callback's operand above 100 KiB is copied by a thread of XLA's pool; when all of them wait for callbacks
 # (few cores, several devices) that is a deadlock. So operands are cut into pieces below that size.
@@ -15,6 +15,14 @@ _OPERAND_BYTES = 64 * 1024
 def num_cpus() -> int:
     """Cores this process may use (all of them where the system cannot tell)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def no_actions(actions: Float[Array, "N k a"]) -> Bool[Array, " N"]:
+    """Where a number is not finite: nothing of such a chunk is executed, and its episode ends as a failure.
+
+    It is the policy that broke: an invalid episode would take its own failures out of its success rate.
+    """
+    return ~jnp.isfinite(actions).all(axis=(1, 2))
 
 
 def where_env(mask: Bool[Array, " N"], on_true: PyTree, on_false: PyTree) -> PyTree:

@@ -18,9 +18,9 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from fpo_jax.envs.common import join, pieces
+from fpo_jax.envs.common import join, pieces, where_env
 from fpo_jax.flow import split_keys
-from fpo_jax.parallel import env_indices
+from fpo_jax.parallel import env_indices, num_devices, num_processes
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
 _RESET_ATTEMPTS = 2  # an episode that did not begin is begun again, by then in another worker
@@ -48,10 +48,12 @@ class Outcome(NamedTuple):
 
 @runtime_checkable  # beartype checks it in tests
 class HostVectorEnv(Protocol):
-    """Simulators in numbered slots, each made when it is first used; nothing here raises.
+    """Simulators in numbered slots, each made when it is first used; nothing here raises but `prepare`.
 
     A slot's requests come one at a time, but those of different slots may come from different threads.
     """
+
+    def prepare(self, slots: int) -> None: ...  # before they are used; raises FpoError where so many cannot be
 
     def submit_reset(self, slot: int, episode: Episode) -> None: ...
 
@@ -97,6 +99,7 @@ class _Slot:
     waiting: bool = False  # for the simulator
     failed: str = ""  # without asking the simulator
     idle: bool = False
+    refused: bool = False  # actions that are not finite: the policy's failure
 
 
 class HostEnv:
@@ -163,6 +166,7 @@ class HostEnv:
         shapes = {
             "fault": jax.ShapeDtypeStruct((num_envs,), bool),
             "idle": jax.ShapeDtypeStruct((num_envs,), bool),
+            "refused": jax.ShapeDtypeStruct((num_envs,), bool),
             "success": jax.ShapeDtypeStruct((num_envs,), bool),
             "steps": jax.ShapeDtypeStruct((num_envs,), jnp.int32),
         }
@@ -170,14 +174,14 @@ class HostEnv:
         out = io_callback(self._on_collect, shapes, physics.slot, physics.ticket, token)
         success = out["success"] & ~resets  # what is done already when it begins takes a step, as in any evaluation
         control_steps = jnp.where(resets, 0, state.control_steps) + out["steps"]
-        truncated = (control_steps >= self.spec.episode_length) & ~success & ~out["fault"]
+        truncated = ((control_steps >= self.spec.episode_length) | out["refused"]) & ~success & ~out["fault"]
         ended = ~resets & (success | truncated)
         tasks = jnp.arange(physics.tally.shape[1])
         scored = (ended[:, None] & (state.env_id[:, None] == tasks[None]))[..., None]
         news = jnp.stack([success.astype(jnp.float32), jnp.ones(num_envs)], axis=-1)[:, None]
         return EnvState(
             physics=physics._replace(tally=jnp.where(scored, _TALLY_DECAY * physics.tally + news, physics.tally)),
-            observation=self._observe(out, state.env_id),
+            observation=where_env(out["refused"], state.observation, self._observe(out, state.env_id)),
             reward=success.astype(jnp.float32),
             terminated=success,
             truncated=truncated | out["idle"],  # over, so that no one takes it for an episode
@@ -202,6 +206,8 @@ class HostEnv:
 
     def _begin(self, episode: Episode, keys, tally, once: bool) -> EnvState:
         num_envs = len(keys)
+        # Of this process. Here and not in a callback, which must not raise.
+        self.vector.prepare(num_envs * max(1, num_devices() // num_processes()))
         everyone, nobody = jnp.ones(num_envs, bool), jnp.zeros(num_envs, bool)
         zeros = jnp.zeros(num_envs, jnp.int32)
         slot = env_indices(num_envs)  # of all devices and hosts, so that a state fits on other ones too
@@ -264,37 +270,45 @@ class HostEnv:
             elif not is_newest:
                 this.failed = "lost: the simulators that played this episode are gone"
             elif not np.isfinite(actions).all():
-                this.failed = "action: it is not finite"
+                this.refused = True
             else:
                 self.vector.submit_step(slot, actions[: max(steps_left, 0)])
-            this.waiting = not (this.idle or this.failed)
+            this.waiting = not (this.idle or this.failed or this.refused)
         except Exception as error:  # whatever went wrong is this environment's fault alone
             this.failed = f"host: {type(error).__name__}"
         return this.ticket
 
     def _on_collect(self, slots, tickets, _token) -> dict[str, np.ndarray]:
-        slots, tickets = np.asarray(slots).tolist(), np.asarray(tickets).tolist()
-        outcomes = [self._collect_row(*row) for row in zip(slots, tickets, strict=True)]
+        rows = list(zip(np.asarray(slots).tolist(), np.asarray(tickets).tolist(), strict=True))
+        known = [self._known(*row) for row in rows]
+        awaited = [this is not None and this.waiting for this in known]  # by this call alone
+        outcomes = [self._collect_row(*row) for row in rows]
         for _ in range(_RESET_ATTEMPTS - 1):
-            again = [i for i, slot in enumerate(slots) if outcomes[i].failed and self._begin_again(slot)]
+            again = [i for i, row in enumerate(rows) if awaited[i] and outcomes[i].failed and self._begin_again(row[0])]
             for i in again:
-                outcomes[i] = self._collect_row(slots[i], tickets[i])
+                outcomes[i] = self._collect_row(*rows[i])
         out = {
             "fault": np.array([bool(outcome.failed) for outcome in outcomes]),
-            "idle": np.array([self._slots[slot].idle if slot in self._slots else False for slot in slots]),
+            "idle": np.array([this is not None and this.idle for this in known]),
+            "refused": np.array([this is not None and this.refused for this in known]),
             "success": np.array([outcome.success for outcome in outcomes]),
             "steps": np.array([outcome.steps for outcome in outcomes], np.int32),
         }
         for name, (shape, kind) in self.shapes.items():
-            out[name] = np.zeros((len(slots), *shape), kind)
+            out[name] = np.zeros((len(rows), *shape), kind)
             for row, outcome in zip(out[name], outcomes, strict=True):
                 if outcome.arrays is not None:
                     row[...] = outcome.arrays[name]
         return out
 
-    def _collect_row(self, slot: int, ticket: int) -> Outcome:
+    def _known(self, slot: int, ticket: int) -> _Slot | None:
+        """The slot, where this ticket is its newest."""
         this = self._slots.get(slot)
-        if this is None or this.ticket != ticket or (not this.waiting and not this.failed and not this.idle):
+        return this if this is not None and this.ticket == ticket else None
+
+    def _collect_row(self, slot: int, ticket: int) -> Outcome:
+        this = self._known(slot, ticket)
+        if this is None or not (this.waiting or this.failed or this.idle or this.refused):
             return Outcome("lost: this state was never submitted, or collected before")
         if not this.waiting:
             return Outcome(this.failed)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from fpo_jax.config import LiberoOptions
 from fpo_jax.envs import wire
 from fpo_jax.envs.host import Episode, HostEnv
-from fpo_jax.envs.workers import WorkerPool, WorkerSettings
+from fpo_jax.envs.workers import StartError, WorkerPool, WorkerSettings
 from fpo_jax.types import Camera, EnvSpec, FpoError, suggestion
 
 EPISODE_LENGTH = {  # control steps until truncation, the wait steps not counted
@@ -31,12 +31,12 @@ EPISODE_LENGTH = {  # control steps until truncation, the wait steps not counted
     "libero_90": 400,
 }
 EXECUTE_STEPS = 5
-WAIT_STEPS = 10
 RENDER_SIZE = 256  # [pixels]
 PICTURE_SIZE = 320  # [pixels] of pictures for people
 CAMERAS = ("image", "wrist_image")
 CONTROL_HZ = 20.0
 OPENPI_SEED = 7
+WORKER_MEMORY = {True: 1100 * 2**20, False: 256 * 2**20}  # with cameras, or without [bytes]
 _NO_CAMERA_SIZE = 8  # [pixels] of pictures that nobody takes
 
 
@@ -135,7 +135,7 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
         "env": name,
         "episode_length": episode_length,
         "execute_steps": asked["max_chunk"],
-        "wait_steps": WAIT_STEPS,
+        "wait_steps": said.get("wait_steps"),
         "train_inits": options.train_inits,
         "test_inits": options.test_inits,
         "train_tasks": options.tasks,
@@ -160,6 +160,10 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
     differ = {
         option: f"{ours[option]} instead of {value}" for option, value in official.items() if ours[option] != value
     }
+    if not asked["cameras"]:
+        differ["observation"] = "object poses instead of pictures"
+    elif set(asked["cameras"]) != set(CAMERAS):
+        differ["cameras"] = f"{' and '.join(asked['cameras'])} instead of {' and '.join(CAMERAS)}"
     return ours | {"deviations": differ}
 
 
@@ -191,17 +195,27 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         reset_seconds=options.reset_seconds,
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
+        memory=WORKER_MEMORY[bool(cameras)],
     )
-    return _pool_by_any_renderer(settings)
+    return pool_by_any_renderer(settings)
 
 
-def _pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
+def pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
+    """The pool; where a graphics driver takes its first worker down and nobody chose a library, with OSMesa.
+
+    Raises StartError. (Drivers that only say that they do not work are the worker's own affair.)
+    """
     try:
         return WorkerPool(settings)
-    except FpoError:
-        if not settings.hello["cameras"] or os.environ.get("MUJOCO_GL"):
+    except StartError as error:
+        crashed = error.reason.startswith("died: exit status -")  # by a signal
+        if not crashed or not settings.hello["cameras"] or os.environ.get("MUJOCO_GL"):
             raise
+        first = error.reason
+    try:
         return WorkerPool(replace(settings, environment={"MUJOCO_GL": "osmesa"}))
+    except StartError as error:
+        raise StartError(f"render: first it {first}; with MUJOCO_GL=osmesa {error.reason}") from error
 
 
 def picture_episode(
@@ -214,7 +228,7 @@ def picture_episode(
     assert isinstance(env.vector, WorkerPool)
     settings, seen = env.vector.settings, {"cameras": CAMERAS[:1], "quality": "official", "max_chunk": len(actions)}
     sizes = dict.fromkeys(("image_size", "render_size"), PICTURE_SIZE)
-    pool = _pool_by_any_renderer(replace(settings, hello={**settings.hello, **seen, **sizes}))
+    pool = pool_by_any_renderer(replace(settings, hello={**settings.hello, **seen, **sizes}))
     columns = env.test_episodes(number[None], key[None])
     try:
         pool.submit_reset(0, Episode(*(column.item() for column in columns)))

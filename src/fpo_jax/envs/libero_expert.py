@@ -328,6 +328,7 @@ def record_mixture(
     suite, _, name = env.partition("/")
     pool = libero.start_pool(suite, (), START_STEPS, options or LiberoOptions())
     workers = workers or num_cpus()
+    pool.prepare(workers)
     idle: SimpleQueue[int] = SimpleQueue()
     for slot in range(workers):
         idle.put(slot)

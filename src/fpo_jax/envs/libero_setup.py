@@ -23,7 +23,8 @@ import tyro
 
 from fpo_jax.envs import libero_files
 from fpo_jax.envs.host import Episode
-from fpo_jax.envs.workers import WorkerPool, WorkerSettings
+from fpo_jax.envs.libero import CAMERAS, pool_by_any_renderer
+from fpo_jax.envs.workers import StartError, WorkerSettings
 from fpo_jax.types import FpoError
 
 # MuJoCo 3.4.0 changed how boxes that overlap are pushed apart: with it, things fly off in LIBERO's living rooms.
@@ -34,6 +35,7 @@ PACKAGES = (
 # Without what they declare to depend on, which is much that no simulation uses (torch, transformers, ...).
 BARE_PACKAGES = ("robosuite==1.4.0", "bddl==1.0.1", "hf-libero==0.1.4")
 
+MAX_CHUNK = 50  # actions at a time, of `worker`
 _COMMAND = "python -m fpo_jax.envs.libero_setup"
 _WHERE = "the folder libero/libero/assets of the repository Lifelong-Robot-Learning/LIBERO on GitHub"
 _PLACES = ("", "assets", "libero/libero/assets", "*/assets", "*/libero/libero/assets")  # of assets in what users give
@@ -106,7 +108,7 @@ def set_up(assets: Path | None = None, venv: Path | None = None) -> Iterable[str
     folder = locate_assets(folder)
     yield f"Assets: {folder} ({done}), {check_assets(folder)}."
     hello, seen = try_out(python, folder)
-    yield f"Simulated and drawn with {hello['opengl']}: {seen}."
+    yield f"Tried: {seen}."
     versions = hello["versions"]
     record = {"python": str(python), "assets": str(folder), "source": str(source), "stamp": _stamp(source) or stamp}
     record |= {"opengl": hello["opengl"], "packages": [*PACKAGES, *BARE_PACKAGES], "versions": versions}
@@ -176,8 +178,26 @@ def check_assets(folder: Path) -> str:
 
 
 def try_out(python: Path, assets: Path) -> tuple[dict[str, Any], str]:
-    """(hello of a worker, what it showed) for one reset, one step and one picture of each camera. Raises FpoError."""
-    with worker(python, assets, "libero_spatial") as pool:
+    """(hello of a worker, what it did) for one reset, one step and one picture of each camera. Raises FpoError.
+
+    Where no OpenGL library works, without pictures: bases that see object poses need none.
+    """
+    try:
+        hello, images = _play(python, assets, CAMERAS)
+    except StartError as error:
+        if not error.reason.startswith("render"):
+            raise
+        hello, _ = _play(python, assets, ())
+        return hello, f"one reset, one step and NO PICTURES, so bases with cameras cannot be used ({error.reason})"
+    if not all(image.std() > 10 for image in images):
+        raise FpoError("LIBERO's pictures show nothing: check the graphics driver, or set MUJOCO_GL=osmesa.")
+    seen = f"{len(images)} pictures of {images.shape[1]} x {images.shape[2]} pixels by {hello['opengl']}"
+    return hello, f"one reset, one step, {seen}"
+
+
+def _play(python: Path, assets: Path, cameras: tuple[str, ...]) -> tuple[dict[str, Any], np.ndarray]:
+    """(hello of a worker, pictures [cameras, y, x, 3]) of one reset and one step."""
+    with worker(python, assets, "libero_spatial", cameras) as pool:
         for submit in (
             lambda: pool.submit_reset(0, Episode(0, 0, init=0, seed=0, test=False)),
             lambda: pool.submit_step(0, np.zeros((1, 7), np.float32)),
@@ -186,23 +206,15 @@ def try_out(python: Path, assets: Path) -> tuple[dict[str, Any], str]:
             outcome = pool.collect(0)
             if outcome.failed or outcome.arrays is None:
                 raise FpoError(f"LIBERO is installed but does not work ({outcome.failed}).")
-        hello, images = dict(pool.hello), outcome.arrays["images"]
-    if not all(image.std() > 10 for image in images):
-        raise FpoError("LIBERO's pictures show nothing: check the graphics driver, or set MUJOCO_GL=osmesa.")
-    return hello, f"one reset, one step, {len(images)} pictures of {images.shape[1]} x {images.shape[2]} pixels"
+        return dict(pool.hello), outcome.arrays["images"]
 
 
 @contextlib.contextmanager
-def worker(python: Path, assets: Path, suite: str, cameras: tuple[str, ...] = ("image", "wrist_image")):
-    """A pool whose slot 0 plays this suite's tasks; EGL that crashes is replaced by OSMesa. Raises FpoError."""
-    hello = {"assets": str(assets), "image_size": 224, "cameras": list(cameras), "max_chunk": 50}
-    reset, command = {"suite": suite, "order": "episode"}, worker_command(python)
-    try:
-        pool = WorkerPool(WorkerSettings(command, hello, reset))
-    except FpoError:
-        if os.environ.get("MUJOCO_GL") == "osmesa" or not cameras:
-            raise
-        pool = WorkerPool(WorkerSettings(command, hello, reset, environment={"MUJOCO_GL": "osmesa"}))
+def worker(python: Path, assets: Path, suite: str, cameras: tuple[str, ...] = CAMERAS):
+    """A pool whose slot 0 plays this suite's tasks. Raises FpoError."""
+    hello = {"assets": str(assets), "image_size": 224, "cameras": list(cameras), "max_chunk": MAX_CHUNK}
+    reset = {"suite": suite, "order": "episode"}
+    pool = pool_by_any_renderer(WorkerSettings(worker_command(python), hello, reset))
     try:
         yield pool
     finally:

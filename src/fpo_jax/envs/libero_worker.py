@@ -118,7 +118,8 @@ class Worker:
         packages = ("mujoco", "robosuite", "hf-libero")
         versions = {package: metadata.version(package) for package in packages}
         stand_ins = self.files.stand_ins(Path(assets))
-        return {"opengl": opengl, "pid": os.getpid(), "versions": versions, "stand_ins": stand_ins}
+        said = {"opengl": opengl, "pid": os.getpid(), "versions": versions, "stand_ins": stand_ins}
+        return said | {"wait_steps": simulator.WAIT_STEPS}
 
     def _libraries(self) -> list[str]:
         """Those still to be tried: what the environment says, what worked at the set-up, the fast one, the safe one."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fpo_jax.envs.common import where_env
+from fpo_jax.envs.common import no_actions, where_env
 from fpo_jax.flow import split_keys
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
@@ -47,36 +47,37 @@ class PointMass:
         goal = jax.vmap(lambda key: jax.random.choice(key, jnp.array(GOALS)))(draws)
         nothing = jnp.zeros(len(keys), bool)
         physics = PointMassPhysics(jnp.zeros_like(goal), goal)
-        return self._state(physics, nothing, nothing, jnp.zeros(len(keys), jnp.int32), keys)
+        return self._state(physics, nothing, jnp.zeros(len(keys), jnp.int32), keys)
 
     def step(self, state: EnvState, chunk: Float[Array, "N h 2"]) -> EnvState:
         """Execute the first actions of each chunk; environments that are done start a new episode instead."""
         actions = chunk[:, : self.spec.execute_steps]
-        fault = ~jnp.isfinite(actions).all(axis=(1, 2))
+        refused = no_actions(actions)
 
         def control_step(carry, action):
             position, reached, steps = carry
-            active = ~reached & ~fault & (steps < self.spec.episode_length)
+            active = ~reached & ~refused & (steps < self.spec.episode_length)
             moved = position + STEP_LENGTH * jnp.clip(action, -1.0, 1.0)
             position = jnp.where(active[:, None], moved, position)
             reached |= jnp.linalg.norm(position - state.physics.goal, axis=-1) < RADIUS
             return (position, reached, steps + active), None
 
-        start = (state.physics.position, jnp.zeros_like(fault), state.control_steps)
+        start = (state.physics.position, jnp.zeros_like(refused), state.control_steps)
         (position, reached, steps), _ = jax.lax.scan(control_step, start, actions.swapaxes(0, 1))
         physics = PointMassPhysics(position, state.physics.goal)
-        stepped = self._state(physics, reached & ~fault, fault, steps, state.key)
+        stepped = self._state(physics, reached, steps, state.key)
+        stepped = stepped._replace(truncated=stepped.truncated | refused)
         return where_env(state.done, self.reset(state.key), stepped)
 
-    def _state(self, physics, success, fault, control_steps, keys) -> EnvState:
+    def _state(self, physics, success, control_steps, keys) -> EnvState:
         return EnvState(
             physics=physics,
             observation=Observation(proprio=physics.position, object_pose=physics.goal),
             reward=success.astype(jnp.float32),
             terminated=success,
-            truncated=(control_steps >= self.spec.episode_length) & ~success & ~fault,
+            truncated=(control_steps >= self.spec.episode_length) & ~success,
             success=success,
-            fault=fault,
+            fault=jnp.zeros_like(success),
             control_steps=control_steps,
             env_id=jnp.zeros_like(control_steps),
             key=keys,

@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import resource
 import select
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,11 @@ from fpo_jax.envs.host import Episode, Outcome
 from fpo_jax.types import FpoError
 
 _PATIENCE = 1.0  # [s] for an answer whose deadline passed while this process was busy with something else
+_FILES = 4  # that this process keeps open for each worker: memory, socket, pipe, error log
 _KINDS = ("died", "hung", "render", "physics", "task", "protocol")
+
+# What results say of all workers. One whose OpenGL falls back to another library would draw other pictures.
+_SAME = {"opengl": "another OpenGL", "versions": "other versions"}
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +55,20 @@ class WorkerSettings:
     reset_seconds: float = 180.0
     step_seconds: float = 60.0
     max_restarts: int = 100  # workers replaced before the pool gives up
+    memory: int = 0  # of a worker at work, about [bytes]
 
     @property
     def layout(self) -> wire.Layout:
         """The arrays in a worker's shared memory."""
         return wire.layout(self.hello["image_size"], self.hello["cameras"], self.hello["max_chunk"])
+
+
+class StartError(FpoError):
+    """No worker can start; `reason` is "kind: why"."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"The simulator cannot start ({reason}).")
+        self.reason = reason
 
 
 class _Broken(Exception):
@@ -63,7 +78,8 @@ class _Broken(Exception):
 class _Worker:
     """A process, the socket to it and the memory shared with it."""
 
-    def __init__(self, settings: WorkerSettings):
+    def __init__(self, settings: WorkerSettings, like: Mapping[str, Any] | None = None):
+        """`like`: the hello of another worker, which results were stated by."""
         plan = settings.layout
         with contextlib.ExitStack() as on_failure:
             self._errors = on_failure.enter_context(tempfile.TemporaryFile())
@@ -90,6 +106,7 @@ class _Worker:
             on_failure.pop_all()
         self._waiting: deque[tuple[str, float]] = deque()  # (request, deadline) in the order of their answers
         self.hello: dict[str, Any] = {}
+        self._like = like or {}
         hello = {"op": "hello", **settings.hello, "memory": path, "slots": plan.fields}
         self.request(hello, settings.start_seconds)
 
@@ -112,7 +129,14 @@ class _Worker:
                 self.hello = head
             if head.get("failed") and (op == "hello" or not self._waiting):
                 raise _Broken(head["failed"])
+            if op == "hello":
+                self._check_hello()
         return head
+
+    def _check_hello(self) -> None:
+        for name, noun in _SAME.items():
+            if name in self._like and self._like[name] != self.hello.get(name):
+                raise _Broken(f"render: {noun} than the first worker ({self.hello.get(name)}, {self._like[name]})")
 
     def last_words(self) -> str:
         """The last line that it wrote to its standard error."""
@@ -162,10 +186,20 @@ def _end_with_this_process(lifeline: int, pid: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
+def available_memory() -> int | None:
+    """Memory that programs can still take [bytes]; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
 class WorkerPool:
     """Slots of simulators, each in a worker of its own that starts when the slot is first used.
 
-    The first worker starts at once: what it says is in `hello`. Raises FpoError where it cannot start.
+    The first worker starts at once: what it says is in `hello`. Raises StartError where it cannot.
     """
 
     def __init__(self, settings: WorkerSettings):
@@ -181,13 +215,13 @@ class WorkerPool:
         try:
             first = self._workers[0] = _Worker(settings)
         except OSError as error:
-            raise FpoError(f"The simulator cannot start ({settings.command[0]}: {error.strerror}).") from error
+            raise StartError(f"{settings.command[0]}: {error.strerror}") from error
         try:
             self.hello = first.answer()
         except (OSError, ValueError, _Broken) as error:
             reason = _reason(first, error)
             self.close()
-            raise FpoError(f"The simulator cannot start ({reason}).") from error
+            raise StartError(reason) from error
 
     def ask(self, head: dict[str, Any]) -> dict[str, Any]:
         """The first worker's answer to a request between episodes. Raises FpoError where there is none."""
@@ -199,6 +233,21 @@ class WorkerPool:
             reason = _reason(worker, error)
             self.close()
             raise FpoError(f"The simulator did not answer ({reason}).") from error
+
+    def prepare(self, slots: int) -> None:
+        """Make sure that so many slots can have workers. Raises FpoError where they need more memory than there is."""
+        running, memory, available = len(self._workers), self.settings.memory, available_memory()
+        if memory and available is not None and (slots - running) * memory > available:
+            raise FpoError(
+                f"{slots} simulators need about {slots * memory / 2**30:.0f} GiB of memory, of which "
+                f"{available / 2**30:.0f} GiB are free: choose --num-envs {max(1, running + available // memory)} or "
+                "fewer."
+            )
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 1024 + _FILES * slots
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            new = wanted if hard == resource.RLIM_INFINITY else max(soft, min(wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
 
     def submit_reset(self, slot: int, episode: Episode) -> None:
         """Begin an episode."""
@@ -259,7 +308,7 @@ class WorkerPool:
         if self.problem() is not None:
             return False
         try:
-            worker = _Worker(self.settings)
+            worker = _Worker(self.settings, self.hello)
         except OSError as error:
             self._count(f"died: {error.strerror}")
             return False
