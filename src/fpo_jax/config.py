@@ -30,7 +30,8 @@ class OpenpiOptions:
 
 @dataclass(frozen=True)
 class LiberoOptions:
-    """LIBERO's protocol and its processes; ignored by other environments. The defaults are openpi's evaluation."""
+    """LIBERO's protocol and its processes; ignored by other environments. The defaults are openpi's evaluation, but for
+    `seeds`, which results name as a deviation."""
 
     python: str | None = None
     """The Python of LIBERO's own virtual environment; by default what `python -m fpo_jax.envs.libero_setup` made."""
