@@ -93,7 +93,7 @@ def test_two_processes_train_as_one_and_stop_as_one(alone, tmp_path):
     done = checkpoint.latest_step(run_dir)
     assert done == len(metrics(run_dir))
     assert all(f"SIGTERM; the state after iteration {done} is saved" in errors for *_, errors in stopped)
-    assert "Waiting for the 1 other processes" in stopped[0][1] and "2 of 2 devices, 1 in the first" in stopped[0][1]
+    assert "Waiting for 1 of 2 processes" in stopped[0][1] and "2 of 2 devices, 1 in the first" in stopped[0][1]
     for one, other in zip(metrics(run_dir)[:2], metrics(alone), strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
