@@ -53,7 +53,7 @@ def connect(options: ParallelOptions) -> None:
             *(coordinator, options.num_processes, options.process_id, local), None, MEETING_SECONDS
         )
         if index == 0 and count != 1:
-            print(f"Waiting for the {(count or 0) - 1} other processes at {address} ...", flush=True)
+            print(f"Waiting for {(count or 0) - 1} of {count} processes at {address} ...", flush=True)
         elif index and address:
             _reach(address, MEETING_SECONDS)
         jax.distributed.initialize(
