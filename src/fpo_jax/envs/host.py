@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from fpo_jax.envs.common import join, pieces, where_env
 from fpo_jax.flow import split_keys
-from fpo_jax.parallel import env_indices, num_devices, num_processes
+from fpo_jax.hosts import num_processes
+from fpo_jax.parallel import env_indices, num_devices
 from fpo_jax.types import EnvSpec, EnvState, Observation
 
 _RESET_ATTEMPTS = 2  # an episode that did not begin is begun again, by then in another worker
