@@ -79,8 +79,9 @@ def run_expert(env, cubes):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # MJX takes minutes on a CPU, and other tests run beside it
 def test_success_rate_agrees_with_the_c_engine():
-    """64 fresh scripted episodes; single trajectories may part after contact, success rates must not."""
-    cubes = np.asarray(jax.vmap(aloha.sample_cube_position)(jax.random.split(jax.random.key(7), 64)))
+    """40 fresh scripted episodes; single trajectories may part after contact, success rates must not."""
+    cubes = np.asarray(jax.vmap(aloha.sample_cube_position)(jax.random.split(jax.random.key(7), 40)))
     reference, ours = run_expert(AlohaMujoco(), cubes).mean(), run_expert(AlohaMjx(), cubes).mean()
     assert abs(ours - reference) <= 0.05
