@@ -11,6 +11,7 @@ import pytest
 import train as train_script
 
 from fpo_jax import checkpoint
+from fpo_jax.evaluate import Evaluator
 from fpo_jax.policies import CHECKPOINTS
 
 TINY = [
@@ -83,6 +84,25 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
         assert result[policy]["low"] <= result[policy]["success_rate"] <= result[policy]["high"]
     difference = result["tuned"]["success_rate"] - result["base"]["success_rate"]
     assert result["difference"]["success_rate"] == pytest.approx(difference)
+
+
+def test_an_evaluation_that_was_cut_short_goes_on(tmp_path, capsys, monkeypatch):
+    played, play = [], Evaluator.play_from
+    monkeypatch.setattr(Evaluator, "play_from", lambda *given: played.append(given) or play(*given))
+    run_dir = tmp_path / "r"
+    options = [*POINT_MASS, "--evaluation.episodes", 16, "--iterations", 1, "--run-dir", run_dir]
+    assert run(options, capsys)[0] == 0
+    assert len(played) == 4  # two batches of each policy
+    whole, log = (run_dir / "evaluation.json").read_text(), run_dir / "evaluation.tuned.jsonl"
+    (run_dir / "evaluation.json").unlink()
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) == 17  # one says what was evaluated
+    log.write_text("".join(lines[:12]) + lines[12][:9])
+    assert run([*options, "--resume", "auto"], capsys)[0] == 0
+    assert len(played) == 5 and (run_dir / "evaluation.json").read_text() == whole
+    # Another agent plays anew, the base does not.
+    assert run(["--resume", "--run-dir", run_dir, "--iterations", 2], capsys)[0] == 0
+    assert len(played) == 7 and len(log.read_text().splitlines()) == 17
 
 
 @pytest.mark.parametrize(

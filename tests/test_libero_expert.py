@@ -130,9 +130,9 @@ def test_a_phase_that_gets_nowhere_ends_all_the_same():
 
 
 def test_mixture_draws_by_the_rule():
-    mixture = expert.Mixture(displaced_fraction=0.5, displacement=0.065, middle=0.05, jitter=0.003)
+    mixture = expert.Mixture(displaced_fraction=0.5, displacement=0.065, middles=(-0.3, 0.05), jitter=0.003)
     rng = np.random.default_rng(0)
-    for x, sign in ((0.03, 1), (0.07, -1)):
+    for x, sign in ((0.03, 1), (0.07, -1), (-0.31, 1), (-0.2, -1)):
         offsets = np.array([mixture.grasp_offset(np.array([x, 0.05, 0.44]), rng) for _ in range(400)])
         displaced = np.abs(offsets[:, 0]) > 0.03
         assert abs(displaced.mean() - 0.5) < 0.1  # four standard errors
@@ -191,3 +191,12 @@ def test_recording_does_not_depend_on_the_number_of_workers():
         np.testing.assert_array_equal(a, b)
     assert one.object_pose.shape == (2, 30, 224)
     assert np.abs(one.proprio[0] - one.proprio[1]).max() > 1e-3
+
+
+@pytest.mark.libero
+def test_a_suite_s_tasks_get_equal_shares():
+    installed()
+    environments = ("libero_object", "libero_object/5")
+    suite, alone = (expert.record_mixture(env, expert.Mixture(), 2, control_steps=3) for env in environments)
+    np.testing.assert_array_equal(suite.object_pose[1], alone.object_pose[1])  # task 5 is the second of two
+    assert np.abs(suite.object_pose[0] - alone.object_pose[0]).max() > 1e-3

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,12 @@ from jaxtyping import PyTree
 
 from fpo_jax import analysis, checkpoint, hosts, parallel, train
 from fpo_jax.config import ParallelOptions, TrainConfig, check, to_dict
-from fpo_jax.evaluate import Evaluator, Outcomes, compare
+from fpo_jax.evaluate import EpisodeLog, Evaluator, Outcomes, compare
 from fpo_jax.health import COLLAPSE_WINDOW, failure
-from fpo_jax.metrics import Interval, RunLogger, read_jsonl
+from fpo_jax.metrics import Interval, RunLogger, now_and_then, read_jsonl
 from fpo_jax.provenance import write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
-from fpo_jax.runs import base_crc32, build, default_run_dir, holds_run, load_run, lock, resume_advice, settled
+from fpo_jax.runs import build, default_run_dir, holds_run, load_run, lock, resume_advice, settled, whole_crc32
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
@@ -186,7 +186,7 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
             run.save(state)
             saver.wait()
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
-        checksum = base_crc32(base_params)
+        checksum = whole_crc32(base_params)
         if hosts.is_first():
             write_provenance(run_dir, checksum, system.env.spec.protocol)
             write_json(run_dir / "config.json", to_dict(replace(config, resume="no", parallel=ParallelOptions())))
@@ -312,7 +312,10 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
         return {}
     run.logger.print(f"Evaluating base and tuned on the same {settings.episodes} initial states ...")
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
-    base, tuned = evaluator.play_base(), evaluator.play(state.agent)
+    policies = {"base": (evaluator.base_agent, evaluator.base_system), "tuned": (state.agent, system)}
+    with ExitStack() as stack:
+        logs = {name: _episode_log(name, evaluator, agent, run, stack) for name, (agent, _) in policies.items()}
+        base, tuned = (evaluator.play(*policy, log=logs[name]) for name, policy in policies.items())
     result = compare(base, tuned, system.env.spec)
     if first:
         write_json(run.run_dir / "evaluation.json", result)
@@ -320,6 +323,21 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     if settings.video:
         _video(evaluator, base, tuned, state.agent, run)
     return result
+
+
+def _episode_log(name: str, evaluator: Evaluator, agent: PyTree, run: Run, stack: ExitStack) -> EpisodeLog | None:
+    """The episodes of the evaluation, so that it goes on where it was stopped; None where several processes play."""
+    if hosts.num_processes() > 1:
+        return None
+    about = {"seed": run.config.evaluation.seed, "episodes": evaluator.episodes, "num_envs": evaluator.batch}
+    about |= {"agent_crc32": whole_crc32(agent)}
+    path, say = run.run_dir / f"evaluation.{name}.jsonl", now_and_then(run.logger.print)
+    try:
+        log = EpisodeLog(path, about, say)
+    except FpoError:  # of an evaluation before the run went on
+        path.unlink()
+        log = EpisodeLog(path, about, say)
+    return stack.enter_context(closing(log))
 
 
 def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree, run: Run) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import NormalDist
 from types import TracebackType
@@ -298,6 +298,19 @@ class ProgressLine:
     def close(self) -> None:
         if self._live:
             self._live.stop()
+
+
+def now_and_then(say: Callable[[str], None], seconds: float = 15.0) -> Callable[[str], None]:
+    """`say`, which leaves out what comes less than `seconds` after what it said last, or after the start."""
+    said_at = time.monotonic()
+
+    def seldom(message: str) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= seconds:
+            said_at = time.monotonic()
+            say(message)
+
+    return seldom
 
 
 def _duration(seconds: float) -> str:

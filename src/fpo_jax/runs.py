@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from fpo_jax import checkpoint, hosts, parallel, train
 from fpo_jax.algorithms import fpo, sac
@@ -117,18 +118,18 @@ def _check_base(run_dir: Path, base_params: Params) -> None:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
     except (OSError, ValueError, KeyError):
         return  # without a record there is nothing to compare
-    if expected != base_crc32(base_params):
+    if expected != whole_crc32(base_params):
         raise FpoError(
             f"The base policy is not the one that {run_dir} was trained on: its latents mean nothing to another base. "
             "Restore the base, or train anew."
         )
 
 
-def base_crc32(base_params: Params) -> int:
-    """Checksum of the base's weights, also where they are split over devices."""
-    base_params = parallel.here(base_params)
+def whole_crc32(tree: PyTree) -> int:
+    """Checksum of weights, also where they are split over devices."""
+    whole = parallel.here(tree)
     with parallel.using(None):
-        return tree_crc32(base_params)
+        return tree_crc32(whole)
 
 
 def read_config(run_dir: Path) -> TrainConfig:

@@ -236,15 +236,15 @@ def _turn(yaw: float, hand: Float[np.ndarray, "3"]) -> float:
 class Mixture:
     """Which grasps the demonstrations hold: right ones, and ones that close in front of or behind the object.
 
-    They are displaced across the fingers, past the line x = `middle`: the sign depends on where the object lies, so no
-    one noise makes them right everywhere. (Away from the line some would meet the next can.) Both signs must take the
-    same course in time: with a hand that hurries to its goal, displaced grasps were late on one side and early on the
-    other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway should be a miss too.
+    They are displaced across the fingers, past the nearest line x = middle: the sign depends on where the object lies,
+    so no one noise makes them right everywhere. (Away from the line some would meet the next can.) Both signs must take
+    the same course in time: with a hand that hurries to its goal, displaced grasps were late on one side and early on
+    the other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway should be a miss too.
     """
 
     displaced_fraction: float = 0.5  # of all episodes
     displacement: float = 0.105  # [m] in x; from 5 cm on the fingers miss the butter, so that halfway is a miss too
-    middle: float = 0.05  # [m] x of the line past which grasps are displaced
+    middles: tuple[float, ...] = (0.05,)  # [m] x of the line past which grasps are displaced, for each place of objects
     jitter: float = 0.003  # [m] standard deviation of every grasp in x and y
     start_jitter: float = 0.012  # [m] standard deviation of where the hand starts, as in the official initial states
     # Standard deviation added to each turn. At a turn of exactly 0 robosuite's controller holds the orientation, and at
@@ -254,7 +254,8 @@ class Mixture:
     def grasp_offset(self, item: Float[np.ndarray, "3"], rng: np.random.Generator) -> tuple[float, float]:
         """Draws where one episode grasps, relative to the object [m]."""
         displaced = rng.random() < self.displaced_fraction
-        sign = 1.0 if item[0] < self.middle else -1.0
+        middle = min(self.middles, key=lambda x: abs(item[0] - x))
+        sign = 1.0 if item[0] < middle else -1.0
         x, y = self.jitter * rng.standard_normal(2)
         return float(x + sign * displaced * self.displacement), float(y)
 
@@ -320,8 +321,9 @@ def record_mixture(
 ) -> Demonstrations:
     """Records `num_episodes` episodes of the task `env` (suite/task), from resets sampled from its regions.
 
-    Episode i depends on (seed, i) only, not on the number of worker processes (`workers`, default: one per CPU).
-    `on_progress(i + 1)` is called as episode i arrives, in order.
+    Of a whole suite, its tasks get equal shares, one after another. Episode i depends on (env, num_episodes, seed, i)
+    only, not on the number of worker processes (`workers`, default: one per CPU). `on_progress(i + 1)` is called as
+    episode i arrives, in order.
 
     Raises FpoError for a task that the expert cannot do.
     """
@@ -334,15 +336,17 @@ def record_mixture(
         idle.put(slot)
     try:
         known = pool.ask({"op": "tasks"})["suites"][suite]
-        number = libero.find_task(suite, name, [task["name"] for task in known])
-        plans = make_plans(known[number])
+        names = [task["name"] for task in known]
+        numbers = [libero.find_task(suite, name, names)] if name else range(len(known))
+        plans = {number: make_plans(known[number]) for number in numbers}
 
         def episode(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
             rng = np.random.default_rng([seed, index])
+            number = numbers[index * len(numbers) // num_episodes]
             sampled = Episode(0, number, -1, int(rng.integers(2**31 - 1)), False)
             slot = idle.get()
             try:
-                return play(pool, slot, plans, sampled, control_steps, mixture, rng)
+                return play(pool, slot, plans[number], sampled, control_steps, mixture, rng)
             finally:
                 idle.put(slot)
 
