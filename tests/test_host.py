@@ -368,7 +368,8 @@ def test_suites_can_draw_by_success():
         for i, task in enumerate(np.asarray(state.env_id)):
             if not solved[i]:
                 assert tally[i, task].tolist() == [0, 1]
-        env_id = np.asarray(env._sampler.draw(keys(600), jnp.array([[5.0, 10], [10, 10], [0, 10]])).env_id)
+        tally = jnp.array([[5.0, 10], [10, 10], [0, 10]])
+        env_id = np.asarray(env._sampler.draw(keys(600), tally, jnp.arange(600)).env_id)
         shares = np.bincount(env_id, minlength=3) / 600
         assert shares[0] > 0.45 and abs(shares[1] - shares[2]) < 0.1 and shares.min() > 0.1
     assert TINY.libero.tasks == "uniform"

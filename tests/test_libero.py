@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import fit as fit_module
-from fpo_jax import runs
+from fpo_jax import parallel, runs
 from fpo_jax.config import LiberoOptions, TrainConfig, check, from_dict, to_dict
 from fpo_jax.envs import libero, make_env, resolve_physics
 from fpo_jax.envs.host import HostEnv
@@ -23,6 +23,7 @@ from fpo_jax.metrics import read_jsonl
 from fpo_jax.rollout import FrozenBase
 from fpo_jax.runs import default_run_dir, load_run
 from fpo_jax.types import Camera, FpoError
+from test_parallel import TWO
 from test_rollout import plain
 from tiny import init_fpo, keys
 from tiny_libero import LIBERO, QUICK, NoisyBase, fake_libero, fpo_system, log_of, pool_of, use_fake_workers
@@ -104,13 +105,35 @@ def sampler(**changes) -> libero.LiberoSampler:
 
 def test_training_draws_tasks_uniformly_and_initial_states_from_its_split():
     tally = jnp.zeros((3, 2))
-    free = sampler().draw(keys(600), tally)
+    free = sampler().draw(keys(600), tally, jnp.arange(600))
     assert np.all(np.asarray(free.init) == -1) and not np.any(free.test)
     np.testing.assert_array_equal(free.task, np.array([4, 7, 9])[np.asarray(free.env_id)])
     assert all(150 < count < 250 for count in Counter(np.asarray(free.env_id).tolist()).values())
     assert len(np.unique(free.seed)) == 600
-    part = sampler(train_inits=(10, 40)).draw(keys(600), tally)
+    part = sampler(train_inits=(10, 40)).draw(keys(600), tally, jnp.arange(600))
     assert set(np.asarray(part.init).tolist()) == set(range(10, 40))
+
+
+@pytest.mark.parametrize("mesh", [None, TWO])
+def test_tasks_can_be_spread_over_the_environments(mesh, tmp_path):
+    """Each simulator then keeps its task from episode to episode; on several devices too."""
+    options = replace(QUICK, tasks="spread")
+    with fake_libero(options=options, told={"log": str(tmp_path)}) as env, parallel.using(mesh):
+        begin = jax.jit(parallel.over_devices(env.reset, parallel.ENVS, parallel.ENVS))
+        with pytest.raises(FpoError, match=r"2 environments are too few for 3 tasks: choose --num-envs 3 or more"):
+            begin(keys(2))
+        step = jax.jit(parallel.over_devices(env.step, (parallel.ENVS, parallel.ENVS), parallel.ENVS))
+        state = begin(keys(8))
+        for _ in range(9):  # two ends and what follows
+            state = step(state, jnp.zeros((8, 4, 7)))
+        np.testing.assert_array_equal(state.env_id, np.arange(8) % 3)
+        np.testing.assert_array_equal(state.observation.task, state.env_id)
+    logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in tmp_path.iterdir()]
+    played = [[entry["episode"] for entry in entries if entry["op"] == "reset"] for entries in logs]
+    played = [episodes for episodes in played if episodes]  # by each process
+    assert [len(episodes) for episodes in played] == [2] * 8
+    assert sorted(episodes[0][1] for episodes in played) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert all(first[1] == second[1] and first[3] != second[3] for first, second in played)
 
 
 def test_evaluation_plays_every_initial_state_of_every_task_once():

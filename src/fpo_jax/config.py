@@ -41,8 +41,9 @@ class LiberoOptions:
     """Where training begins: sampled (from the task's regions), all (official initial states), or a part, as 0:40."""
     test_inits: str = "all"
     """Which official initial states evaluation plays, in order: all, or a part, as 40:50."""
-    tasks: Literal["uniform", "success"] = "uniform"
-    """How training draws a suite's tasks: uniform; success: mostly those neither hopeless nor solved."""
+    tasks: Literal["uniform", "success", "spread"] = "uniform"
+    """How training draws a suite's tasks: uniform; success: mostly those neither hopeless nor solved; spread: each
+    environment always plays the same one (the first plays the first, and so on), so that no scene is built twice."""
     seeds: Literal["episode", "openpi"] = "episode"
     """Fixture poses in evaluation: episode: each episode's own seed; openpi: seed 7, in the order of its trials."""
     overlap: bool = True

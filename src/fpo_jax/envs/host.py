@@ -73,8 +73,12 @@ class HostVectorEnv(Protocol):
 class Sampler(Protocol):
     """Which episodes are played."""
 
-    def draw(self, keys: Key[Array, " N"], tally: Float[Array, "K 2"]) -> Episode:
-        """Training episodes; tally: recent (successes, episodes) of each task."""
+    def check(self, num_envs: int) -> None:
+        """Raises FpoError where so many environments cannot play what is to be played."""
+        ...
+
+    def draw(self, keys: Key[Array, " N"], tally: Float[Array, "K 2"], slots: Int[Array, " N"]) -> Episode:
+        """Training episodes for these slots; tally: recent (successes, episodes) of each task."""
         ...
 
     def test(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> Episode:
@@ -133,9 +137,11 @@ class HostEnv:
 
     def reset(self, keys: Key[Array, " N"]) -> EnvState:
         """New training episodes in these environments' slots; whatever ran there before is lost."""
+        self._sampler.check(len(keys) * num_devices())
         keys, draws = split_keys(keys)
         tally = jnp.zeros((len(keys), max(len(self.spec.tasks), 1), 2))
-        return self._begin(self._sampler.draw(draws, tally.sum(0)), keys, tally, once=False)
+        episode = self._sampler.draw(draws, tally.sum(0), env_indices(len(keys)))
+        return self._begin(episode, keys, tally, once=False)
 
     def reset_test(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> EnvState:
         """The test episodes of these numbers (0.. in the benchmark's order); nothing follows where one is over."""
@@ -153,7 +159,7 @@ class HostEnv:
     def submit(self, state: EnvState, chunk: Float[Array, "N h a"]) -> EnvState:
         """Let the simulators begin what `step` does; only `collect` can take the result."""
         next_keys, draws = split_keys(state.key)
-        episode = self._sampler.draw(draws, state.physics.tally.sum(0))
+        episode = self._sampler.draw(draws, state.physics.tally.sum(0), state.physics.slot)
         state = state._replace(
             key=jnp.where(state.done, next_keys, state.key),
             env_id=jnp.where(state.done & ~state.physics.once, episode.env_id, state.env_id),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,23 +47,32 @@ class LiberoSampler:
     tasks: tuple[int, ...]  # env_id -> index in the suite
     train_inits: tuple[int, int] | None  # None: sampled from the task's regions
     test_inits: tuple[int, int]
-    by_success: bool = False
+    train_tasks: Literal["uniform", "success", "spread"] = "uniform"
     openpi_seeds: bool = False
 
-    def draw(self, keys: Key[Array, " N"], tally: Float[Array, "K 2"]) -> Episode:
-        """A task, uniformly or mostly one that is neither hopeless nor solved, and an initial state of it."""
+    def check(self, num_envs: int) -> None:
+        """Raises FpoError where a task would never be drawn."""
+        if self.train_tasks == "spread" and num_envs < len(self.tasks):
+            raise FpoError(
+                f"With --libero.tasks spread each environment has one task, and {num_envs} environments are too few "
+                f"for {len(self.tasks)} tasks: choose --num-envs {len(self.tasks)} or more, or --libero.tasks uniform."
+            )
+
+    def draw(self, keys: Key[Array, " N"], tally: Float[Array, "K 2"], slots: Int[Array, " N"]) -> Episode:
+        """A task: any, mostly one that is neither hopeless nor solved, or the slot's own; and where it begins."""
         weight = jnp.ones(len(self.tasks))
-        if self.by_success:
+        if self.train_tasks == "success":
             rate = (tally[:, 0] + 1) / (tally[:, 1] + 2)
             weight = rate * (1 - rate) + 0.05  # a solved task must show when it no longer is
 
-        def one(key):
+        def one(key, slot):
             task_key, init_key, seed_key = jax.random.split(key, 3)
-            env_id = jax.random.categorical(task_key, jnp.log(weight))
+            drawn = jax.random.categorical(task_key, jnp.log(weight))
+            env_id = slot % len(self.tasks) if self.train_tasks == "spread" else drawn
             first, last = self.train_inits or (-1, 0)
             return env_id, jax.random.randint(init_key, (), first, last), _seed(seed_key)
 
-        return self._episode(*jax.vmap(one)(keys), test=False)
+        return self._episode(*jax.vmap(one)(keys, slots), test=False)
 
     def test(self, numbers: Int[Array, " N"], keys: Key[Array, " N"]) -> Episode:
         """Initial state after initial state, every task in turn; beyond the last they begin anew, with other seeds."""
@@ -122,8 +131,7 @@ def make_libero(
         test_episodes=len(chosen) * (test_inits[1] - test_inits[0]),
         protocol=protocol(name, length, pool, options),
     )
-    by_success, openpi_seeds = options.tasks == "success", options.seeds == "openpi"
-    sampler = LiberoSampler(tuple(chosen), train_inits, test_inits, by_success, openpi_seeds)
+    sampler = LiberoSampler(tuple(chosen), train_inits, test_inits, options.tasks, options.seeds == "openpi")
     hello = pool.settings.hello
     return HostEnv(pool, spec, sampler, tuple(hello["cameras"]), hello["image_size"], options.overlap)
 
