@@ -236,15 +236,15 @@ def _turn(yaw: float, hand: Float[np.ndarray, "3"]) -> float:
 class Mixture:
     """Which grasps the demonstrations hold: right ones, and ones that close in front of or behind the object.
 
-    They are displaced across the fingers, past the nearest line x = middle: the sign depends on where the object lies,
-    so no one noise makes them right everywhere. (Away from the line some would meet the next can.) Both signs must take
-    the same course in time: with a hand that hurries to its goal, displaced grasps were late on one side and early on
-    the other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway should be a miss too.
+    They are displaced across the fingers, past the line x = `middle`: the sign depends on where the object lies, so no
+    one noise makes them right everywhere. (Away from the line some would meet the next can.) Both signs must take the
+    same course in time: with a hand that hurries to its goal, displaced grasps were late on one side and early on the
+    other, and one constant latent was right on both (measured: .45 -> 1.00). And halfway should be a miss too.
     """
 
     displaced_fraction: float = 0.5  # of all episodes
     displacement: float = 0.105  # [m] in x; from 5 cm on the fingers miss the butter, so that halfway is a miss too
-    middles: tuple[float, ...] = (0.05,)  # [m] x of the line past which grasps are displaced, for each place of objects
+    middle: float = 0.05  # [m] x of the line past which grasps are displaced
     jitter: float = 0.003  # [m] standard deviation of every grasp in x and y
     start_jitter: float = 0.012  # [m] standard deviation of where the hand starts, as in the official initial states
     # Standard deviation added to each turn. At a turn of exactly 0 robosuite's controller holds the orientation, and at
@@ -254,8 +254,7 @@ class Mixture:
     def grasp_offset(self, item: Float[np.ndarray, "3"], rng: np.random.Generator) -> tuple[float, float]:
         """Draws where one episode grasps, relative to the object [m]."""
         displaced = rng.random() < self.displaced_fraction
-        middle = min(self.middles, key=lambda x: abs(item[0] - x))
-        sign = 1.0 if item[0] < middle else -1.0
+        sign = 1.0 if item[0] < self.middle else -1.0
         x, y = self.jitter * rng.standard_normal(2)
         return float(x + sign * displaced * self.displacement), float(y)
 
