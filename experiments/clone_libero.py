@@ -6,6 +6,9 @@ python experiments/clone_libero.py --env libero_10/7 --record-steps 240 --record
     --clone.policy.object-start 0 --clone.policy.object-dim 10 --mixture.displaced-fraction .3 \
     --mixture.turn-jitter .002 --eval-episodes 200 --out checkpoints/libero_10_basket
 
+Of a whole suite (--env libero_object), every task gets an equal share of the recording; the command that made
+checkpoints/libero_object_basket is in its README.
+
 A base sees entries object_start to object_start + object_dim of the objects' poses, seven for each in the order of its
 task's file.
 """
@@ -35,7 +38,7 @@ POLICY = SmallPolicy(
 
 @dataclasses.dataclass(frozen=True)
 class Args(CloneArgs):
-    env: str = LIBERO_BUTTER.env  # one task of LIBERO
+    env: str = LIBERO_BUTTER.env  # one task of LIBERO, or a suite
     libero: LiberoOptions = dataclasses.field(default_factory=LiberoOptions)  # of recording and evaluation
     mixture: Mixture = dataclasses.field(default_factory=Mixture)  # which grasps the recording holds
     workers: int | None = None  # processes that record; by default one per CPU

@@ -60,7 +60,7 @@ def test_a_fresh_agent_is_the_base_episode_by_episode(shipped):
     assert 0 < fresh.success.sum() < BATCH
 
 
-@pytest.mark.parametrize("name", ["aloha_transfer_cube", "libero_butter", "libero_10_basket"])
+@pytest.mark.parametrize("name", ["aloha_transfer_cube", "libero_butter", "libero_10_basket", "libero_object_basket"])
 def test_the_weights_are_small(name):
     size = sum(path.stat().st_size for path in (CHECKPOINTS / name).iterdir())
     assert size < 8e6  # bytes

@@ -312,9 +312,24 @@ LIBERO_BUTTER = replace(
 )
 """The paper's ablation task from a small state-based base: its simulators are slow, its episodes short."""
 
+LIBERO_OBJECT = replace(
+    LIBERO_BUTTER,
+    preset="libero_object",
+    env="libero_object",
+    base="libero_object_basket",
+    iterations=12,
+    num_envs=20,
+    episode_length=160,
+    libero=replace(_DEFAULT.libero, tasks="spread"),
+    rollout=replace(_DEFAULT.rollout, decisions=27),
+    evaluation=replace(LIBERO_BUTTER.evaluation, episodes=500),
+)
+"""The ten tasks of a suite with one actor, from a small state-based base."""
+
 PRESETS: dict[str, TrainConfig] = {
     "default": _DEFAULT,
     "libero_butter": LIBERO_BUTTER,
+    "libero_object": LIBERO_OBJECT,
     # As literal as can run: z-scored ratio, plain clip, V from stored latents, plain Euler without the prior field
     # (an untrained field of 0 still samples N(0, I), but a trained one contracts), and reading B of Eq. (7). The paper
     # names no learning rate; at ours, 1e-3, its unguarded ratio diverges in three iterations.
