@@ -51,7 +51,7 @@ class Run:
     def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger, saver: Saver):
         self.config, self.run_dir, self.logger, self.saver = config, run_dir, logger, saver
         self.saved: int | None = None  # the newest rolling checkpoint of this process
-        # Of this start only: a run that goes on after a collapse is not judged by what was before.
+        # After `--resume yes` of this start only: a run that goes on after a collapse is not judged by what was before.
         self.recent: deque[Mapping[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self.newest_rates: deque[float] = deque(maxlen=3)
         self.first_rates: list[float] = []  # success of the first three iterations in which an episode ended
@@ -71,8 +71,10 @@ class Run:
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Take up the books of the iterations before a resume."""
         for record in records:
-            rate = record["success_rate"]
-            self._note_rate(math.nan if rate is None else rate)
+            record = {name: math.nan if value is None else value for name, value in record.items()}
+            if self.config.resume == "auto":
+                self.recent.append(record)
+            self._note_rate(record["success_rate"])
             self.best_rate = max(self.best_rate, self._recent_rate())
 
     def _recent_rate(self) -> float:
