@@ -154,7 +154,9 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
     say = console.print if console else lambda *_, **__: None
     begun = holds_run(config, run_dir)
     hosts.require_same(begun, f"whether {run_dir} holds a run: give a --run-dir that all of them share")
-    if begun and config.resume == "auto" and (result := _finished(config, run_dir)):
+    result = _finished(config, run_dir) if begun and config.resume == "auto" else None
+    hosts.require_same(result is not None, f"whether {run_dir} is finished: all must see the same files")
+    if result is not None:
         say(f"{run_dir} is finished; nothing is left to do.", markup=False)
         return result
     if begun:
@@ -183,10 +185,13 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
     ):
         hosts.wait_for_all("the metrics file is open")
         run = Run(config, run_dir, logger, saver)
-        run.replay(read_jsonl(logger.metrics_path))
         if step is None:
             run.save(state)
             saver.wait()
+        else:  # only so far: another host may still see the file as it was before its later lines were dropped
+            records = [record for record in read_jsonl(logger.metrics_path) if record["iteration"] <= step]
+            hosts.require_same(len(records), f"what is in {logger.metrics_path}: all must see the same files")
+            run.replay(records)
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
         checksum = base_crc32(base_params)
         if hosts.is_first():
