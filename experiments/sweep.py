@@ -128,7 +128,8 @@ def run(args: Args, console: Console) -> bool:
     ended = None if args.report else _search(args, space, sweep_dir)
     trials = write_report(sweep_dir, space)
     lines = ["The best:", *(in_words(trial) for trial in trials[:5])]
-    lines.append(f"Table and figures are in {sweep_dir}: results.md, .json, .csv, curves.png, parallel.png.")
+    figures = ", curves.png, parallel.png" if any(trial.curve for trial in trials) else ""
+    lines.append(f"What came of it is in {sweep_dir}: results.md, .json, .csv{figures}.")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     unfinished = sum(trial.outcome in ("unfinished", "not started") for trial in trials)
     return ended is None or (unfinished == 0 and ended >= args.trials)
