@@ -8,6 +8,8 @@
 
 Every trial is an ordinary run of train.py with its own directory under <out>/trials. The same command goes on where it
 was interrupted; finished trials are not run again.
+
+Exit codes: 0 done; 2 a mistake; 75 interrupted: the same command goes on.
 """
 
 import json
@@ -21,6 +23,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from fpo_jax.signals import TRY_AGAIN
 from fpo_jax.sweep_report import in_words, register, write_report
 from fpo_jax.sweeps import Space, command_line, grid_settings, random_settings, read_space
 from fpo_jax.types import FpoError
@@ -109,8 +112,8 @@ def keep(args: Args, space: Space, sweep_dir: Path) -> None:
         shutil.copyfile(args.space, saved)
 
 
-def run(args: Args, console: Console) -> None:
-    """Raises FpoError."""
+def run(args: Args, console: Console) -> bool:
+    """Whether nothing is left to do: False where the search was interrupted. Raises FpoError."""
     sweep_dir = args.out or Path("runs/sweeps") / args.space.stem
     space = read_space(args.space)
     _check(args)
@@ -121,15 +124,15 @@ def run(args: Args, console: Console) -> None:
         path = write_jobs(args, space, sweep_dir)
         count = len(path.read_text().splitlines())
         console.print(f"{count} jobs in {path}; on SLURM: sbatch --array=1-{count} sweeps/slurm_array.sh {path}")
-        return
+        return True
     ended = None if args.report else _search(args, space, sweep_dir)
     trials = write_report(sweep_dir, space)
     lines = ["The best:", *(in_words(trial) for trial in trials[:5])]
-    lines.append(f"Table and figures are in {sweep_dir}: results.md, .json, .csv, curves.png, parallel.png.")
+    figures = ", curves.png, parallel.png" if any(trial.curve for trial in trials) else ""
+    lines.append(f"What came of it is in {sweep_dir}: results.md, .json, .csv{figures}.")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     unfinished = sum(trial.outcome in ("unfinished", "not started") for trial in trials)
-    if ended is not None and (unfinished or ended < args.trials):
-        raise FpoError("The sweep was interrupted; the same command goes on.")
+    return ended is None or (unfinished == 0 and ended >= args.trials)
 
 
 def _check_environment(space: Space) -> None:
@@ -144,6 +147,11 @@ def _check(args: Args) -> None:
     for name, least in (("trials", 1), ("grace_episodes", 1), ("reduction", 2), ("grid_points", 2)):
         if getattr(args, name) < least:
             raise FpoError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}.")
+    if args.concurrent is not None and args.concurrent < 1:
+        raise FpoError(f"--concurrent must be at least 1 or left out, not {args.concurrent}.")
+    wanted = asdict(args.resources)
+    if min(wanted.values()) < 0 or not any(wanted.values()):
+        raise FpoError("--resources.cpu, .gpu and .tpu must be 0 or more, and one of them more than 0.")
 
 
 def _search(args: Args, space: Space, sweep_dir: Path) -> int:
@@ -172,12 +180,17 @@ def _search(args: Args, space: Space, sweep_dir: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     args = tyro.cli(Args, args=arguments, description=__doc__)
+    errors = Console(stderr=True)
     try:
-        run(args, Console())
+        done = run(args, Console())
+    except KeyboardInterrupt:  # before or after the search, which notes it and ends
+        done = False
     except (FpoError, OSError) as error:
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    return 0
+    if not done:
+        errors.print("The sweep was interrupted; the same command goes on.")
+    return 0 if done else TRY_AGAIN
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,8 @@ def connect(address: str | None, resources: dict[str, float]) -> None:
         if "timed out during startup" not in str(error) and "Failed to connect to GCS" not in str(error):
             raise
         raise FpoError("Ray did not start in time, as this machine is busy; the same command goes on.") from error
+    # Ray's own handler leaves at once, and the trials' processes would outlive it; after Ctrl-C Tune ends them.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     check_resources(resources, ray.cluster_resources(), os.environ)
 
 

@@ -49,8 +49,18 @@ def test_one_and_one_more_iteration_are_two(whole, tmp_path, capsys):
         assert_same_run(whole / member, parts / member)
         assert checkpoint.steps(parts / member) == [1, 2]
     before = metrics(parts / "member_00")
-    assert run(["--resume", "auto", "--run-dir", parts], capsys)[0] == 0
+    code, out, _ = run(["--resume", "auto", "--run-dir", parts], capsys)
+    assert code == 0 and "nothing is left to do" in out
     assert run(["--resume", "yes", "--run-dir", parts], capsys)[0] == 2
+    provenance = parts / "member_00" / "provenance.json"
+    recorded = json.loads(provenance.read_text())
+    provenance.write_text(json.dumps(recorded | {"base_crc32": 1}))
+    code, _, err = run(["--resume", "yes", "--run-dir", parts, "--iterations", 3], capsys)
+    assert code == 2 and "The base policy is not the one that" in err
+    provenance.write_text(json.dumps(recorded))
+    (parts / "summary.json").unlink()  # as where it was killed in a continuation
+    code, _, err = run(["--resume", "yes", "--run-dir", parts, "--iterations", 1], capsys)
+    assert code == 2 and "already has 2 iterations; give a larger --iterations" in err
     assert metrics(parts / "member_00") == before
 
 

@@ -62,3 +62,15 @@ def test_a_run_that_goes_on_after_a_collapse_is_judged_anew(tmp_path):
     assert again.best_rate == pytest.approx(0.8)
     *reasons, last = [again.note(record(0.05)) for _ in range(COLLAPSE_WINDOW)]
     assert last == "success collapsed to 5.0%, from 80.0% at the start" and not any(reasons)
+
+
+def test_a_job_that_is_killed_again_and_again_is_judged_as_if_it_had_not_been(tmp_path):
+    """With `--resume auto` the window of a collapse goes on over restarts; None is how a file says NaN."""
+
+    def record(rate):
+        return {"success_rate": rate, "latent_std": 1.0, "invalid_episodes": 0.0}
+
+    with RunLogger(tmp_path, iterations=20, silent=True) as logger, Saver() as saver:
+        run = Run(replace(TINY, resume="auto"), tmp_path, logger, saver)
+    run.replay([record(rate) for rate in (None, 0.8, 0.8, 0.8, *[0.05] * (COLLAPSE_WINDOW - 1))])
+    assert run.note(record(0.05)) == "success collapsed to 5.0%, from 80.0% at the start"

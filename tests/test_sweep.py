@@ -18,6 +18,7 @@ import sweep as sweep_script
 import train as train_script
 
 from fpo_jax import sweep_report, sweeps
+from fpo_jax.signals import TRY_AGAIN
 from fpo_jax.types import FpoError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -162,6 +163,8 @@ def test_other_mistakes_get_one_sentence_too(space_file, tmp_path, capsys, monke
     out = ["--out", tmp_path / "out"]
     assert "Cannot read the space file" in run(["--space", tmp_path / "no.yaml", *out], capsys)[2]
     assert "--trials must be at least 1" in run(["--space", space_file, *out, "--trials", 0], capsys)[2]
+    assert "--concurrent must be at least 1" in run(["--space", space_file, *out, "--concurrent", 0], capsys)[2]
+    assert "one of them more than 0" in run(["--space", space_file, *out, "--resources.cpu", 0], capsys)[2]
     assert "holds no trials" in run(["--space", space_file, *out, "--report"], capsys)[2]
     monkeypatch.setitem(sys.modules, "sweep_ray", None)  # as where Ray is not installed
     assert 'pip install "fpo_jax[sweep]"' in run(["--space", space_file, *out], capsys)[2]
@@ -399,7 +402,7 @@ def _outcomes(out: Path) -> dict[str, str]:
 @pytest.mark.skipif(
     not (importlib.util.find_spec("ray") and importlib.util.find_spec("optuna")), reason="needs the extra sweep"
 )
-def test_a_search_goes_on_after_ctrl_c_and_survives_a_failing_trial(tmp_path):
+def test_a_search_goes_on_after_sigterm_and_survives_a_failing_trial(tmp_path):
     """Importing Ray here would only bring its warnings: everything runs in the command's own process."""
     space, out, log = tmp_path / "tiny.yaml", tmp_path / "out", tmp_path / "log"
     space.write_text(TINY_SPACE)
@@ -408,8 +411,8 @@ def test_a_search_goes_on_after_ctrl_c_and_survives_a_failing_trial(tmp_path):
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None and "finished" not in _outcomes(out).values():
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 2, log.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == TRY_AGAIN, log.read_text()
     assert "the same command goes on" in log.read_text()
     [first] = [name for name, outcome in _outcomes(out).items() if outcome == "finished"]
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns

@@ -51,7 +51,7 @@ class Run:
     def __init__(self, config: TrainConfig, run_dir: Path, logger: RunLogger, saver: Saver):
         self.config, self.run_dir, self.logger, self.saver = config, run_dir, logger, saver
         self.saved: int | None = None  # the newest rolling checkpoint of this process
-        # Of this start only: a run that goes on after a collapse is not judged by what was before.
+        # After `--resume yes` of this start only: a run that goes on after a collapse is not judged by what was before.
         self.recent: deque[Mapping[str, float]] = deque(maxlen=COLLAPSE_WINDOW)
         self.newest_rates: deque[float] = deque(maxlen=3)
         self.first_rates: list[float] = []  # success of the first three iterations in which an episode ended
@@ -71,8 +71,10 @@ class Run:
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Take up the books of the iterations before a resume."""
         for record in records:
-            rate = record["success_rate"]
-            self._note_rate(math.nan if rate is None else rate)
+            record = {name: math.nan if value is None else value for name, value in record.items()}
+            if self.config.resume == "auto":
+                self.recent.append(record)
+            self._note_rate(record["success_rate"])
             self.best_rate = max(self.best_rate, self._recent_rate())
 
     def _recent_rate(self) -> float:
@@ -152,7 +154,9 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
     say = console.print if console else lambda *_, **__: None
     begun = holds_run(config, run_dir)
     hosts.require_same(begun, f"whether {run_dir} holds a run: give a --run-dir that all of them share")
-    if begun and config.resume == "auto" and (result := _finished(config, run_dir)):
+    result = _finished(config, run_dir) if begun and config.resume == "auto" else None
+    hosts.require_same(result is not None, f"whether {run_dir} is finished: all must see the same files")
+    if result is not None:
         say(f"{run_dir} is finished; nothing is left to do.", markup=False)
         return result
     if begun:
@@ -181,10 +185,13 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
     ):
         hosts.wait_for_all("the metrics file is open")
         run = Run(config, run_dir, logger, saver)
-        run.replay(read_jsonl(logger.metrics_path))
         if step is None:
             run.save(state)
             saver.wait()
+        else:  # only so far: another host may still see the file as it was before its later lines were dropped
+            records = [record for record in read_jsonl(logger.metrics_path) if record["iteration"] <= step]
+            hosts.require_same(len(records), f"what is in {logger.metrics_path}: all must see the same files")
+            run.replay(records)
         # Last of all, as it is what makes the directory a run: a start that failed before can simply be repeated.
         checksum = whole_crc32(base_params)
         if hosts.is_first():

@@ -23,7 +23,7 @@ from fpo_jax.fit import Run, RunStopped, learning_curve
 from fpo_jax.metrics import Interval, ProgressLine, RunLogger, read_jsonl
 from fpo_jax.provenance import tree_crc32, write_json, write_provenance
 from fpo_jax.rollout import FrozenBase, System
-from fpo_jax.runs import build, default_run_dir, holds_run, lock, resume_advice, settled
+from fpo_jax.runs import build, check_base, default_run_dir, holds_run, lock, resume_advice, settled
 from fpo_jax.saver import Saver
 from fpo_jax.signals import StopSignal, exit_code, stop_signals
 from fpo_jax.train import TrainState
@@ -60,13 +60,17 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
     configs = [replace(one, run_dir=str(folder)) for one, folder in zip(configs, folders, strict=True)]
     begun = holds_run(config, run_dir)
     if begun and (result := _finished(config, run_dir)):
+        if console:
+            console.print(f"{run_dir} is finished; nothing is left to do.", markup=False, soft_wrap=True)
         return result
     system, base_params = build(config)
     state = None if begun else population.init(system, base_params, configs)
     stack.enter_context(lock(run_dir, begun))  # not before: a mistake leaves no directory
     for folder in folders:
         stack.enter_context(lock(folder, (folder / "config.json").exists()))
-    step, state = (None, state) if state is not None else _restore(system, base_params, folders)
+    step, state = (None, state) if state is not None else _restore(system, base_params, folders, config.iterations)
+    for stale in (run_dir / "summary.json", *(folder / "evaluation.json" for folder in folders)):
+        stale.unlink(missing_ok=True)
     saver = stack.enter_context(Saver(6 * len(configs)))
     runs = [_open(one, step, saver, stack) for one in configs]
     if step is None:
@@ -102,12 +106,18 @@ def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _restore(system: System, base_params: Params, folders: list[Path]) -> tuple[int, TrainState]:
-    """All members at the newest step of which every one has a whole checkpoint. Raises FpoError where there is none."""
+def _restore(system: System, base_params: Params, folders: list[Path], iterations: int) -> tuple[int, TrainState]:
+    """All members at the newest step of which every one has a whole checkpoint.
+
+    Raises FpoError where there is none, where it lies behind the last of `iterations`, and where the base is another.
+    """
+    check_base(folders[0], base_params)
     like = jax.eval_shape(partial(train.init, system), base_params)
     common = set.intersection(*(set(checkpoint.steps(folder)) for folder in folders))
     for step in sorted(common, reverse=True):
         if all(checkpoint.is_whole(folder, step) for folder in folders):
+            if step > iterations:
+                raise FpoError(f"{folders[0].parent} already has {step} iterations; give a larger --iterations.")
             state = population.stack([checkpoint.restore(folder, step, like) for folder in folders])
             for folder in folders:  # what only some have would outlive what all have
                 checkpoint.forget_later(folder, step)

@@ -107,13 +107,14 @@ def load_run(
             "again in another --run-dir."
         )
     system, base_params = build(config)
-    _check_base(run_dir, base_params)
+    check_base(run_dir, base_params)
     like = parallel.placed(jax.eval_shape(partial(train.init, system), base_params), train.PLACES)
     state = checkpoint.restore(run_dir, step, like, shelf=shelf)
     return config, system, FrozenBase(base_params, state.features), state
 
 
-def _check_base(run_dir: Path, base_params: Params) -> None:
+def check_base(run_dir: Path, base_params: Params) -> None:
+    """Raises FpoError where the run was trained on another base than this one."""
     try:
         expected = json.loads((run_dir / "provenance.json").read_text())["base_crc32"]
     except (OSError, ValueError, KeyError):
