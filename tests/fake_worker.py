@@ -5,6 +5,8 @@ the environment variable FAKE_WORKER holds JSON:
     faults          {kind, or step:kind, or reset:kind: share of the requests that it hits}; the episode decides which
     log             directory for one file per process: a JSON object per request
     step_seconds    how long a step takes
+    meet            directory: during a step there is `<pid>.step` in it, and the step lasts until somebody removes that
+                    file, or makes `alone`
     fail_hello      the `failed` of hello
     fail_drawing    the `failed` of a hello with cameras
     opengl_after    [directory, name]: `opengl` of all but the first process that makes `first` in that directory
@@ -53,6 +55,15 @@ def first_to_make(path):
     return True
 
 
+def meet(directory):
+    mine = os.path.join(directory, f"{os.getpid()}.step")
+    open(mine, "x").close()
+    while os.path.exists(mine) and not os.path.exists(os.path.join(directory, "alone")):
+        time.sleep(0.001)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(mine)
+
+
 class FakeWorker:
     def __init__(self, wire):
         self.wire, self.arrays, self.resets = wire, {}, 0
@@ -93,6 +104,8 @@ class FakeWorker:
     def step(self, request):
         if OPTIONS.get("step_seconds"):
             time.sleep(OPTIONS["step_seconds"])
+        if "meet" in OPTIONS:
+            meet(OPTIONS["meet"])
         broken = self.maybe_break("step")
         if broken:
             return broken

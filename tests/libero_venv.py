@@ -68,7 +68,7 @@ class Client:
     def close(self) -> None:
         self.connection.close()
         try:
-            self.process.wait(30)  # it ends when the connection does
+            self.process.wait(300)  # it ends when the connection does
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

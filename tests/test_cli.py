@@ -58,6 +58,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_two_and_two_more_iterations_are_four(options, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run([*options, "--iterations", 4, "--run-dir", whole], capsys)[0] == 0
+    options = [*options, "--evaluation.episodes", 0]  # one evaluation is enough
     assert run([*options, "--iterations", 2, "--run-dir", parts], capsys)[0] == 0
     code, out, err = run(["--resume", "--run-dir", parts, "--iterations", 4], capsys)
     assert code == 0, err

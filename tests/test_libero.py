@@ -26,7 +26,7 @@ from fpo_jax.types import Camera, FpoError
 from test_parallel import TWO
 from test_rollout import plain
 from tiny import init_fpo, keys
-from tiny_libero import LIBERO, QUICK, NoisyBase, fake_libero, fpo_system, log_of, pool_of, use_fake_workers
+from tiny_libero import FAKE, LIBERO, NoisyBase, fake_libero, fpo_system, log_of, pool_of, use_fake_workers
 
 SPATIAL_TASKS = ("reach_the_red_goal", "reach_the_blue_goal", "reach_the_green_goal")
 
@@ -49,7 +49,7 @@ def test_official_protocol_is_the_default():
 
 
 def test_deviations_are_named():
-    options = replace(QUICK, seeds="openpi", test_inits="40:50", train_inits="0:40")
+    options = replace(FAKE, seeds="openpi", test_inits="40:50", train_inits="0:40")
     cameras = (Camera("image", 8, "fast"),)
     with fake_libero(options=options, cameras=cameras, episode_length=None, execute_steps=10) as env:
         assert env.spec.protocol["deviations"] == {
@@ -88,7 +88,7 @@ def test_mistakes_are_named(monkeypatch):
         libero.make_libero("libero_90", [Camera("image", 8), Camera("wrist_image", 9)])
     for inits in ("50", "0:51", "3:3", "-1:4", "a:b"):
         with pytest.raises(FpoError, match=r"give all, or a part of the 50"):
-            libero.make_libero("libero_90", options=replace(QUICK, test_inits=inits))
+            libero.make_libero("libero_90", options=replace(FAKE, test_inits=inits))
     with pytest.raises(FpoError, match=r"libero\.step_seconds must be greater than 0"):
         check(replace(LIBERO, libero=LiberoOptions(step_seconds=0.0)))
     assert resolve_physics("libero_90/3") == "mujoco"
@@ -149,7 +149,7 @@ def test_evaluation_plays_every_initial_state_of_every_task_once():
 
 
 def test_evaluation_is_paired_and_plays_no_episode_twice(tmp_path):
-    options = replace(QUICK, test_inits="0:5", seeds="openpi")
+    options = replace(FAKE, test_inits="0:5", seeds="openpi")
     with fake_libero(options=options, told={"log": str(tmp_path)}) as env:
         config = replace(LIBERO, num_envs=4)
         system = fpo_system(env, config)
@@ -174,7 +174,7 @@ def test_evaluation_is_paired_and_plays_no_episode_twice(tmp_path):
 
 def test_evaluation_counts_what_broke_and_only_that(tmp_path):
     told = {"faults": {"die": 0.15}, "log": str(tmp_path)}
-    with fake_libero(options=replace(QUICK, max_restarts=1000), told=told) as env:
+    with fake_libero(options=replace(FAKE, max_restarts=1000), told=told) as env:
         system = fpo_system(env, replace(LIBERO, num_envs=8))
         outcomes = Evaluator(system, FrozenBase({}), episodes=24, seed=3).play_base()
     broken = {str(e["episode"]) for e in log_of(tmp_path) if "broke" in e}
@@ -183,7 +183,7 @@ def test_evaluation_counts_what_broke_and_only_that(tmp_path):
 
 
 def test_evaluation_stops_when_no_episode_can_begin():
-    with fake_libero(options=replace(QUICK, max_restarts=2), told={"faults": {"die": 1.0}}) as env:
+    with fake_libero(options=replace(FAKE, max_restarts=2), told={"faults": {"die": 1.0}}) as env:
         system = fpo_system(env, replace(LIBERO, num_envs=4))
         with pytest.raises(FpoError, match=r"The evaluation stopped: .* were lost"):
             Evaluator(system, FrozenBase({}), episodes=4, seed=3).play_base()
@@ -248,7 +248,7 @@ def test_too_many_faults_stop_a_run_with_its_state_saved(loop, tmp_path, monkeyp
     (tmp_path / "log").mkdir()
     use_fake_workers(monkeypatch, faults={"die": 0.3}, log=str(tmp_path / "log"))
     loop.standardize = False
-    config = loop_config(tmp_path / "run", iterations=50, libero=replace(QUICK, max_restarts=5))
+    config = loop_config(tmp_path / "run", iterations=50, libero=replace(FAKE, max_restarts=5))
     with pytest.raises(RunStopped, match=r"\d simulator processes were lost .* is saved in .*--resume") as stopped:
         fit(config)
     assert stopped.value.exit_code == 2

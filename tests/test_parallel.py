@@ -148,7 +148,6 @@ def test_eight_devices_train_as_one():
         env=python_environment(8),
         capture_output=True,
         text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, *others = [json.loads(line) for line in done.stdout.splitlines()]
@@ -356,6 +355,9 @@ class Store:
 
     def key_value_set(self, key, value, allow_overwrite=False):
         self.values[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
 
     def key_value_try_get(self, key):
         if key not in self.values:

@@ -22,7 +22,7 @@ from fpo_jax.steerability import (
 )
 from fpo_jax.types import FpoError
 from tiny import jit, make_system
-from tiny_libero import QUICK, fake_libero
+from tiny_libero import FAKE, fake_libero
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -219,7 +219,7 @@ def test_simulators_that_are_processes_are_few_by_default(monkeypatch):
         for of_env in (env, make_system().env):
             monkeypatch.setattr(steerability_script, "build", lambda config, e=of_env: (SimpleNamespace(env=e), {}))
             with pytest.raises(FpoError, match="enough"):
-                steerability_script.measure(steerability_script.Args(libero=QUICK))
+                steerability_script.measure(steerability_script.Args(libero=FAKE))
     assert asked == [min(64, 2 * num_cpus()), None]
 
 

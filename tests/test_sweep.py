@@ -398,7 +398,7 @@ def _outcomes(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     not (importlib.util.find_spec("ray") and importlib.util.find_spec("optuna")), reason="needs the extra sweep"
 )
@@ -408,25 +408,25 @@ def test_a_search_goes_on_after_sigterm_and_survives_a_failing_trial(tmp_path):
     space.write_text(TINY_SPACE)
     arguments = ["--space", "tiny.yaml", "--out", "out", "--trials", "5", "--seed", "1", "--no-asha"]
     process = _begin_search(arguments, log)
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and process.poll() is None and "finished" not in _outcomes(out).values():
+    while process.poll() is None and "finished" not in _outcomes(out).values():
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == TRY_AGAIN, log.read_text()
+    assert process.wait(timeout=300) == TRY_AGAIN, log.read_text()
     assert "the same command goes on" in log.read_text()
-    [first] = [name for name, outcome in _outcomes(out).items() if outcome == "finished"]
-    written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
+    ended = [out / "trials" / name / "metrics.jsonl" for name, of in _outcomes(out).items() if of == "finished"]
+    assert ended  # and where there are many cores, maybe several
+    written = [path.stat().st_mtime_ns for path in ended]
 
     process = _begin_search(arguments, log)
-    assert process.wait(timeout=500) == 0, log.read_text()
+    assert process.wait(timeout=1000) == 0, log.read_text()
     rows = json.loads((out / "results.json").read_text())
     assert len(rows) == 5
     outcomes = {row["outcome"] for row in rows}
     assert outcomes == {"finished", "failed"}
     assert all((row["outcome"] == "failed") == (row["settings"]["latent.rank"] == 9) for row in rows)
     assert all("choose 1 to 4" in row["reason"] for row in rows if row["outcome"] == "failed")
-    assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written  # not run again
+    assert [path.stat().st_mtime_ns for path in ended] == written  # not run again
 
     process = _begin_search(arguments, log)  # nothing is left to do
-    assert process.wait(timeout=200) == 0, log.read_text()
+    assert process.wait(timeout=1000) == 0, log.read_text()
     assert json.loads((out / "results.json").read_text()) == rows

@@ -14,7 +14,7 @@ from fpo_jax.types import FpoError
 from fpo_jax.video import Player, pictures, record_comparison, record_film_strip, take_both, telling_episodes
 from opengl import opengl_pool
 from tiny import TINY, begin, init_fpo, jit, make_system, run_rollout
-from tiny_libero import LIBERO, QUICK, NoisyBase, fake_libero, fpo_system
+from tiny_libero import FAKE, LIBERO, NoisyBase, fake_libero, fpo_system
 
 LENGTH = 10  # control steps
 
@@ -93,7 +93,7 @@ class Seeker(NoisyBase):
 @pytest.fixture(scope="module")
 def suite():
     """(evaluator, agent) on LIBERO with fake workers that have no cameras; every episode succeeds."""
-    with fake_libero(options=replace(QUICK, test_inits="3:8")) as env:
+    with fake_libero(options=replace(FAKE, test_inits="3:8")) as env:
         config = replace(LIBERO, num_envs=4)
         system = fpo_system(env, config, Seeker())
         yield Evaluator(system, FrozenBase(jnp.full((), 0.5)), 8, 3), init_fpo(config, system.dims, jax.random.key(0))

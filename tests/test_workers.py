@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from fpo_jax.envs import wire, workers
 from fpo_jax.envs.host import Episode
 from fpo_jax.envs.workers import WorkerPool, WorkerSettings
 from fpo_jax.types import FpoError
-from tiny_libero import COMMAND, alive
+from tiny_libero import COMMAND, alive, log_of
 
 HELLO = {"image_size": 8, "cameras": [], "max_chunk": 3}
-SETTINGS = WorkerSettings(COMMAND, HELLO, reset={"suite": "libero_90"}, start_seconds=20.0, step_seconds=20.0)
+SETTINGS = WorkerSettings(COMMAND, HELLO, reset={"suite": "libero_90"}, start_seconds=300.0)
 
 
 def episode(seed: int = 0) -> Episode:
@@ -144,7 +145,8 @@ def test_memory_that_is_free():
     ],
 )
 def test_a_worker_that_fails_is_ended_and_replaced(make_pool, caplog, kind, expected):
-    pool = make_pool(f'{{"faults": {{"{kind}": 1.0}}}}', reset_seconds=0.5)
+    # Only what hangs has to be waited for; another answer may come as late as it likes.
+    pool = make_pool(f'{{"faults": {{"{kind}": 1.0}}}}', reset_seconds=0.5 if kind == "hang" else 300.0)
     first = pool.pids()[0]
     pool.submit_reset(0, episode())
     with caplog.at_level(logging.WARNING):
@@ -173,16 +175,20 @@ def test_a_worker_that_is_killed_from_outside(make_pool):
     assert play(pool)[1].failed == ""
 
 
-def test_a_hang_costs_the_others_nothing(make_pool):
+def test_a_hang_costs_the_others_nothing(make_pool, tmp_path, monkeypatch):
     """Deadlines run from the request, so several stuck workers cost one deadline, and the answers of others stay."""
-    pool = make_pool('{"faults": {"hang": 0.5}}', start_seconds=5.0, reset_seconds=1.0)
+    pool = make_pool(json.dumps({"faults": {"hang": 0.5}, "log": str(tmp_path)}), reset_seconds=300.0)
     for slot in range(6):
         pool.submit_reset(slot, episode(slot))
+    while sum("broke" in entry or entry.get("op") == "reset" for entry in log_of(tmp_path)) < 6:
+        time.sleep(0.01)
+    # All have answered or are stuck. Now ten minutes go by, and no deadline is left to wait for.
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 600.0))
     began = time.monotonic()
     outcomes = [pool.collect(slot).failed for slot in range(6)]
     stuck = sum(failed.startswith("hung") for failed in outcomes)
     assert 2 <= stuck < 6 and set(outcomes) == {"", "hung: it did not answer in time"}
-    assert time.monotonic() - began < 1.6 * (5.0 + 1.0)
+    assert time.monotonic() - began < 300.0  # from the call it would be twice that for each that is stuck
 
 
 def test_after_too_many_restarts_nothing_begins_any_more(make_pool):
@@ -223,6 +229,7 @@ pool = WorkerPool(WorkerSettings(tuple(sys.argv[2:]), {"image_size": 8, "cameras
 for slot in range(3):
     pool.submit_reset(slot, Episode(0, 0, -1, slot, False))  # in which they hang
 print(*pool.pids().values(), flush=True)
+sys.stdin.readline()
 if sys.argv[1] == "wait":
     for slot in range(3):
         pool.collect(slot)
@@ -232,11 +239,13 @@ if sys.argv[1] == "fail":
 
 
 @pytest.mark.parametrize("how", ["exit", "fail", "interrupt", "terminate", "kill"])
-def test_no_worker_stays_behind(how):
+def test_no_worker_stays_behind(how, tmp_path):
     mode = how if how in ("exit", "fail") else "wait"
-    environment = {**os.environ, "FAKE_WORKER": '{"faults": {"hang": 1.0}}', "XLA_FLAGS": ""}
+    told = json.dumps({"faults": {"hang": 1.0}, "log": str(tmp_path)})
+    environment = {**os.environ, "FAKE_WORKER": told, "XLA_FLAGS": ""}
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, mode, *COMMAND],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
@@ -247,13 +256,17 @@ def test_no_worker_stays_behind(how):
         at_the_end.callback(parent.kill)  # a failure below must not wait for it for ever
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 3
+        while sum("broke" in entry for entry in log_of(tmp_path)) < 3:  # until they are stuck
+            assert parent.poll() is None
+            time.sleep(0.01)
+        assert all(map(alive, pids))
+        parent.stdin.write("go on\n")
+        parent.stdin.flush()
         if mode == "wait":
-            time.sleep(0.3)  # until they are stuck
-            assert all(map(alive, pids))
             number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[how]
             os.killpg(parent.pid, number)  # as the terminal does: to the whole group, of which they are no part
-        parent.wait(30)
-    deadline = time.monotonic() + 5
+        parent.wait(120)
+    deadline = time.monotonic() + 120
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, pids))

@@ -25,7 +25,7 @@ from fpo_jax.types import LatentSample
 from tiny import TINY
 
 COMMAND = (sys.executable, "-S", "-E", str(Path(__file__).with_name("fake_worker.py")), wire.__file__)
-QUICK = LiberoOptions(start_seconds=20.0, reset_seconds=20.0, step_seconds=20.0)
+FAKE = LiberoOptions(start_seconds=300.0, reset_seconds=300.0, step_seconds=300.0)  # on a machine that is busy, too
 
 
 def use_fake_workers(patch: pytest.MonkeyPatch, **told: Any) -> None:
@@ -36,7 +36,7 @@ def use_fake_workers(patch: pytest.MonkeyPatch, **told: Any) -> None:
 
 @contextmanager
 def fake_libero(
-    name: str = "libero_spatial", options: LiberoOptions = QUICK, *, told: dict[str, Any] | None = None, **settings: Any
+    name: str = "libero_spatial", options: LiberoOptions = FAKE, *, told: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[HostEnv]:
     """An environment whose workers end with the block; a short one unless told otherwise."""
     with pytest.MonkeyPatch.context() as patch:
@@ -96,5 +96,5 @@ def fpo_system(env: HostEnv, config: TrainConfig, base: Any = None) -> System:
     return System(config, env, base or NoisyBase(), LatentSpace("dct", 4, 7, 1), fpo)
 
 
-LIBERO = replace(TINY, env="libero_spatial", libero=QUICK, episode_length=12, execute_steps=3)
+LIBERO = replace(TINY, env="libero_spatial", libero=FAKE, episode_length=12, execute_steps=3)
 assert os.path.exists(COMMAND[3])

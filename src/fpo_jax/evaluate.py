@@ -37,19 +37,37 @@ class EpisodeLog:
     """The finished episodes of one policy in a JSONL file, so that a repeated evaluation goes on after them.
 
     The first line is what was evaluated (`about`), every other one an episode. Raises FpoError where the file is of
-    another evaluation. `say`: told how far it is.
+    another evaluation, unless that is to be dropped (`anew`). `say`: told how far it is. `writes`: False in all
+    processes but one, where several play together.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], say: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        about: Mapping[str, Any],
+        say: Callable[[str], None] | None = None,
+        *,
+        anew: bool = False,
+        writes: bool = True,
+    ):
         about = json.loads(json.dumps(about))
         records = read_jsonl(path) if path.exists() else []
+        if records and anew and records[0].get("evaluation") != about:
+            records = []
+            if writes:
+                path.unlink()
         if records:
             _check_same(path, records[0].get("evaluation"), about)
         self.name, self._say = path.stem, say
         self._episodes = {record["episode"]: record for record in records[1:]}
-        self._writer = JsonlWriter(path, resumed_iteration=math.inf)  # a line that was cut short goes
+        self._writer = JsonlWriter(path, resumed_iteration=math.inf) if writes else None  # a line cut short goes
         if not records:
-            self._writer.write({"evaluation": about})
+            self._write({"evaluation": about})
+
+    @property
+    def finished(self) -> int:
+        """Episodes that it holds."""
+        return len(self._episodes)
 
     def read(self, numbers: range) -> Outcomes | None:
         """The outcomes of these episodes, None where one is missing."""
@@ -64,14 +82,19 @@ class EpisodeLog:
         for number, *values in zip(numbers, *map(np.asarray, outcomes), strict=False):
             if number not in self._episodes:
                 record = {"episode": number} | dict(zip(Outcomes._fields, values, strict=True))
-                self._writer.write(record)
+                self._write(record)
                 self._episodes[number] = record
         if self._say:
             successes = sum(bool(record["success"]) for record in self._episodes.values())
-            self._say(f"{self.name}: {len(self._episodes)} episodes so far, {successes} successes")
+            self._say(f"{self.name}: {self.finished} episodes so far, {successes} successes")
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(record)
 
 
 def _check_same(path: Path, before: Any, now: Any) -> None:

@@ -321,8 +321,10 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     evaluator = Evaluator(system, FrozenBase(base_params, state.features), settings.episodes, settings.seed)
     policies = {"base": (evaluator.base_agent, evaluator.base_system), "tuned": (state.agent, system)}
     with ExitStack() as stack:
-        logs = {name: _episode_log(name, evaluator, agent, run, stack) for name, (agent, _) in policies.items()}
-        base, tuned = (evaluator.play(*policy, log=logs[name]) for name, policy in policies.items())
+        logs = [_episode_log(name, evaluator, agent, run) for name, (agent, _) in policies.items()]
+        for log in logs:
+            stack.enter_context(closing(log))
+        base, tuned = (evaluator.play(*policy, log=log) for policy, log in zip(policies.values(), logs, strict=True))
     result = compare(base, tuned, system.env.spec)
     if first:
         write_json(run.run_dir / "evaluation.json", result)
@@ -332,19 +334,17 @@ def _finish(system: System, base_params: Params, state: TrainState, run: Run) ->
     return result
 
 
-def _episode_log(name: str, evaluator: Evaluator, agent: PyTree, run: Run, stack: ExitStack) -> EpisodeLog | None:
-    """The episodes of the evaluation, so that it goes on where it was stopped; None where several processes play."""
-    if hosts.num_processes() > 1:
-        return None
+def _episode_log(name: str, evaluator: Evaluator, agent: PyTree, run: Run) -> EpisodeLog:
+    """The episodes of the evaluation, so that it goes on where it was stopped. The first process writes them."""
     about = {"seed": run.config.evaluation.seed, "episodes": evaluator.episodes, "num_envs": evaluator.batch}
-    about |= {"agent_crc32": whole_crc32(agent)}
-    path, say = run.run_dir / f"evaluation.{name}.jsonl", now_and_then(run.logger.print)
-    try:
-        log = EpisodeLog(path, about, say)
-    except FpoError:  # of an evaluation before the run went on
-        path.unlink()
-        log = EpisodeLog(path, about, say)
-    return stack.enter_context(closing(log))
+    path, first = run.run_dir / f"evaluation.{name}.jsonl", hosts.is_first()
+    # `anew`: episodes of an evaluation before the run went on
+    open_log = partial(EpisodeLog, path, about | {"agent_crc32": whole_crc32(agent)}, anew=True)
+    log = None if first else open_log(writes=False)
+    hosts.wait_for_all("the episodes are read")
+    log = log or open_log(now_and_then(run.logger.print))
+    hosts.require_same(log.finished, f"what is in {path}: all must see the same files")
+    return log
 
 
 def _video(evaluator: Evaluator, base: Outcomes, tuned: Outcomes, agent: PyTree, run: Run) -> None:
