@@ -30,7 +30,7 @@ ALGORITHMS = {"fpo": fpo, "sac": sac}
 _FREE_TO_CHANGE = (
     *("iterations", "resume", "run_dir", "checkpoint", "parallel", "saving", "evaluation.video"),
     *("libero.python", "libero.assets", "libero.start_seconds", "libero.reset_seconds", "libero.step_seconds"),
-    *("libero.max_restarts", "libero.overlap"),
+    *("libero.max_restarts", "libero.overlap", "libero.egl_devices"),
 )
 
 

@@ -204,8 +204,23 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
         memory=WORKER_MEMORY[bool(cameras)],
+        slot_environments=_drawing_devices(options),
     )
-    return pool_by_any_renderer(settings)
+    pool = pool_by_any_renderer(settings)
+    if options.egl_devices and cameras and (opengl := pool.hello.get("opengl")) != "egl":
+        why = f" ({pool.hello['opengl_failed']})" if pool.hello.get("opengl_failed") else ""
+        pool.close()
+        raise FpoError(f"--libero.egl-devices needs EGL, but {opengl} draws here{why}: mend that, or leave it out.")
+    return pool
+
+
+def _drawing_devices(options: LiberoOptions) -> tuple[dict[str, str], ...]:
+    """What tells workers on which GPU to draw: the variables of slots 0, 1, ... in turn. Raises FpoError."""
+    if options.egl_devices and "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        raise FpoError("--libero.egl-devices and the variable MUJOCO_EGL_DEVICE_ID both say what draws: give one.")
+    if wrong := [device for device in options.egl_devices if device < 0]:
+        raise FpoError(f"--libero.egl-devices are numbers from 0, not {wrong[0]}.")
+    return tuple({"MUJOCO_EGL_DEVICE_ID": str(device)} for device in options.egl_devices)
 
 
 def pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:
