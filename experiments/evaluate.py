@@ -26,11 +26,13 @@ from fpo_jax.evaluate import EpisodeLog, Evaluator, Outcomes, compare, report, s
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.runs import build, load_run, read_config, settled
+from fpo_jax.signals import StopSignal, stop_signals
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Quality
 
 SYSTEM = ("env", "base", "physics", "episode_length", "execute_steps", "render", "openpi")  # a run has its own
 DEFAULT_EPISODES = 512
+GO_ON = "with --json, the same command goes on after the episodes that are finished"
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,14 @@ def main(arguments: list[str]) -> int:
     say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
     errors = Console(stderr=True)
     try:
-        args = parse(arguments)
-        result = evaluate(args, say)
+        with stop_signals(StopSignal(at_once=True, advice=GO_ON)):  # what is finished is on disk
+            args = parse(arguments)
+            result = evaluate(args, say)
         say(report(result))
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
     except KeyboardInterrupt:
-        errors.print("Interrupted; with --json, the same command goes on after the episodes that are finished.")
+        errors.print(f"Interrupted; {GO_ON}.")
         return 130
     except (FpoError, OSError) as error:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -17,14 +17,14 @@ from tiny import TINY
 
 SCRIPT = """
 import signal, sys, jax, jax.numpy as jnp
-from fpo_jax.signals import stop_signals
+from fpo_jax.signals import StopSignal, stop_signals
 
 def compute(thousands):
     steps = thousands * 1000
     jax.lax.fori_loop(0, steps, lambda _, x: jnp.sin(x) @ x, jnp.ones((32, 32))).block_until_ready()
 
 compute(0)
-with stop_signals() as stop:
+with stop_signals(StopSignal(at_once=sys.argv[1] == "at_once", advice="do it again")) as stop:
     if sys.argv[1] == "deferred":
         with stop.deferred():
             print("ready", flush=True)
@@ -68,6 +68,14 @@ def test_sigterm_ends_it_at_once_where_nothing_is_to_be_saved():
     process.communicate()
 
 
+def test_ctrl_c_ends_it_at_once_where_that_was_asked_for():
+    process = start("at_once", "1000000")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.strip() == "SIGINT: left at once; what was saved before is whole: do it again."
+
+
 def test_one_signal_is_noted_and_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signals() as stop:
@@ -90,7 +98,7 @@ def test_ctrl_c_is_pythons_own_where_nothing_is_to_be_saved():
 def test_sigterm_while_a_run_begins_leaves_at_once(module, monkeypatch, tmp_path):
     left, codes = threading.Event(), []
 
-    def leave(received):
+    def leave(received, advice):
         codes.append(signals.exit_code(received))
         left.set()
 
