@@ -86,7 +86,8 @@ def load(args: Args) -> tuple[TrainConfig, System, FrozenBase, TrainState | None
     options = {name: getattr(args, name) for name in SYSTEM}
     if args.run_dir:
         saved = read_config(args.run_dir)
-        if changed := differences(saved, replace(saved, **options)):
+        trained = {name: getattr(args.libero, name) for name in ("train_inits", "tasks")}
+        if changed := differences(saved, replace(saved, **options, libero=replace(saved.libero, **trained))):
             raise FpoError(f"A run is evaluated as it was trained; changed here: {'; '.join(changed)}. Drop that.")
         shelf = "best" if args.agent == "best" else "checkpoints"
         return load_run(args.run_dir, shelf, args.checkpoint, args.libero)

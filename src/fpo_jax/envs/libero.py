@@ -6,6 +6,7 @@ pictures of 256 x 256 pixels turned by 180° and resized with padding, the task'
 steps.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ CAMERA_MEMORY = {
 }
 BLIND_MEMORY = 256
 _NO_CAMERA_SIZE = 8  # [pixels] of pictures that nobody takes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,25 @@ def make_libero(
         tasks=tuple(known[index]["name"] for index in chosen),
         prompts=tuple(known[index]["prompt"] for index in chosen),
         test_episodes=len(chosen) * (test_inits[1] - test_inits[0]),
-        protocol=protocol(name, length, pool, options),
+        protocol=protocol(name, length, pool, options, seen=_overlap(train_inits, test_inits)),
     )
     sampler = LiberoSampler(tuple(chosen), train_inits, test_inits, options.tasks, options.seeds == "openpi")
     hello = pool.settings.hello
     return HostEnv(pool, spec, sampler, tuple(hello["cameras"]), hello["image_size"], options.overlap)
 
 
-def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOptions) -> dict[str, Any]:
-    """All that results depend on, as they state it; `deviations` names what is not as the official protocol has it."""
+def _overlap(train_inits: tuple[int, int] | None, test_inits: tuple[int, int]) -> bool:
+    """Whether training begins from initial states that evaluation plays."""
+    return train_inits is not None and max(train_inits[0], test_inits[0]) < min(train_inits[1], test_inits[1])
+
+
+def protocol(
+    name: str, episode_length: int, pool: WorkerPool, options: LiberoOptions, seen: bool = False
+) -> dict[str, Any]:
+    """All that results depend on, as they state it; `deviations` names what is not as the official protocol has it.
+
+    `seen`: training begins from initial states that evaluation plays.
+    """
     asked, said = pool.settings.hello, pool.hello
     ours = {
         "env": name,
@@ -176,6 +189,8 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
     differ = {
         option: f"{ours[option]} instead of {value}" for option, value in official.items() if ours[option] != value
     }
+    if seen:
+        differ["train_inits"] = f"{options.train_inits}, some of which are evaluated"
     if not asked["cameras"]:
         differ["observation"] = "object poses instead of pictures"
     elif set(asked["cameras"]) != set(CAMERAS):
@@ -215,10 +230,13 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         slot_environments=_drawing_devices(options),
     )
     pool = pool_by_any_renderer(settings)
-    if options.egl_devices and cameras and (opengl := pool.hello.get("opengl")) != "egl":
-        why = f" ({pool.hello['opengl_failed']})" if pool.hello.get("opengl_failed") else ""
+    opengl, failed = pool.hello.get("opengl"), pool.hello.get("opengl_failed")
+    why = f" ({failed})" if failed else ""
+    if options.egl_devices and cameras and opengl != "egl":
         pool.close()
         raise FpoError(f"--libero.egl-devices needs EGL, but {opengl} draws here{why}: mend that, or leave it out.")
+    if failed:
+        logger.warning("The simulators draw with %s, as another OpenGL library does not work%s.", opengl, why)
     return pool
 
 
