@@ -24,7 +24,7 @@ from fpo_jax.envs.aloha_expert import Mixture, record_mixture
 from fpo_jax.envs.aloha_mujoco import AlohaMujoco
 from fpo_jax.metrics import wilson_interval
 from fpo_jax.policies.small import check_action_space, save_policy
-from fpo_jax.types import BasePolicy, Env, FpoError, Params
+from fpo_jax.types import BasePolicy, Env, FpoError, HostedEnv, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Subject(NamedTuple):
 def base_success(env: Env, policy: BasePolicy, params: Params, key: Key[Array, ""], num_envs: int) -> Bool[Array, " N"]:
     """Success of one episode per environment, a fresh N(0, I) noise at every decision."""
     key_reset, key_noise = jax.random.split(key)
+    if isinstance(env, HostedEnv):
+        env.prepare(num_envs)
 
     @jax.jit
     def episodes(keys: Key[Array, " N"], key_noise: Key[Array, ""]) -> Bool[Array, " N"]:

@@ -21,12 +21,12 @@ from fpo_jax.analysis import PANELS, check_figure_path, read_curves, training_cu
 from fpo_jax.config import TrainConfig, differences
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.fit import fit
-from fpo_jax.runs import load_run, read_config
+from fpo_jax.runs import FREE_TO_CHANGE, load_run, read_config
 from fpo_jax.types import FpoError
 from fpo_jax.video import record_film_strip, take_both, telling_episodes
 
 # In which runs of one figure may differ.
-FREE = ("seed", "iterations", "run_dir", "resume", "checkpoint", "evaluation.", "saving.", "libero.")
+FREE = ("seed", "evaluation.", "libero.test_inits", "libero.seeds", *FREE_TO_CHANGE)
 EVALUATIONS = ("evaluation.json", "paired_evaluation.json")  # of train.py, of ablations.py
 
 

@@ -26,11 +26,13 @@ from fpo_jax.evaluate import EpisodeLog, Evaluator, Outcomes, compare, report, s
 from fpo_jax.provenance import tree_crc32
 from fpo_jax.rollout import FrozenBase, System
 from fpo_jax.runs import build, load_run, read_config, settled
+from fpo_jax.signals import StopSignal, stop_signals
 from fpo_jax.train import TrainState
 from fpo_jax.types import FpoError, Quality
 
 SYSTEM = ("env", "base", "physics", "episode_length", "execute_steps", "render", "openpi")  # a run has its own
 DEFAULT_EPISODES = 512
+GO_ON = "with --json, the same command goes on after the episodes that are finished"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def load(args: Args) -> tuple[TrainConfig, System, FrozenBase, TrainState | None
     options = {name: getattr(args, name) for name in SYSTEM}
     if args.run_dir:
         saved = read_config(args.run_dir)
-        if changed := differences(saved, replace(saved, **options)):
+        trained = {name: getattr(args.libero, name) for name in ("train_inits", "tasks")}
+        if changed := differences(saved, replace(saved, **options, libero=replace(saved.libero, **trained))):
             raise FpoError(f"A run is evaluated as it was trained; changed here: {'; '.join(changed)}. Drop that.")
         shelf = "best" if args.agent == "best" else "checkpoints"
         return load_run(args.run_dir, shelf, args.checkpoint, args.libero)
@@ -204,13 +207,14 @@ def main(arguments: list[str]) -> int:
     say = partial(Console().print, markup=False, highlight=False, soft_wrap=True)
     errors = Console(stderr=True)
     try:
-        args = parse(arguments)
-        result = evaluate(args, say)
+        with stop_signals(StopSignal(at_once=True, advice=GO_ON)):  # what is finished is on disk
+            args = parse(arguments)
+            result = evaluate(args, say)
         say(report(result))
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
     except KeyboardInterrupt:
-        errors.print("Interrupted; with --json, the same command goes on after the episodes that are finished.")
+        errors.print(f"Interrupted; {GO_ON}.")
         return 130
     except (FpoError, OSError) as error:
         errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -74,8 +74,9 @@ def measure(args: Args) -> tuple[dict[str, Any], np.ndarray]:
         "num_envs",
     }
     config = replace(TrainConfig(), **{name: getattr(args, name) for name in shared})
-    # The search gives each environment a latent of its own, so the two halves of a suite's cannot take turns.
-    config = replace(config, libero=replace(config.libero, overlap=False))
+    # The search gives each environment a latent of its own, so the two halves of a suite's cannot take turns, and all
+    # latents must meet the same tasks.
+    config = replace(config, libero=replace(config.libero, overlap=False, tasks="uniform"))
     system, params = build(config)
     base = FrozenBase(params)
     num_envs = args.num_envs or (min(64, 2 * num_cpus()) if isinstance(system.env, HostedEnv) else None)

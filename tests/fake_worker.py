@@ -9,6 +9,7 @@ the environment variable FAKE_WORKER holds JSON:
                     file, or makes `alone`
     fail_hello      the `failed` of hello
     fail_drawing    the `failed` of a hello with cameras
+    opengl          `opengl` of every process, by default fake
     opengl_after    [directory, name]: `opengl` of all but the first process that makes `first` in that directory
     die_once        directory: the process that is the first to make `died` in it dies at its first reset
 """
@@ -78,8 +79,9 @@ class FakeWorker:
             self.arrays[name] = view.cast("f") if field.dtype == "float32" else view
         self.cameras, self.pixels = request["cameras"], request["image_size"] ** 2 * 3
         failed = OPTIONS.get("fail_hello", "") or (OPTIONS.get("fail_drawing", "") if self.cameras else "")
-        directory, later = OPTIONS.get("opengl_after", (None, "fake"))
-        opengl = "fake" if directory is None or first_to_make(os.path.join(directory, "first")) else later
+        directory, later = OPTIONS.get("opengl_after", (None, ""))
+        is_first = directory is None or first_to_make(os.path.join(directory, "first"))
+        opengl = OPTIONS.get("opengl", "fake") if is_first else later
         return {"failed": failed, "opengl": opengl, "pid": os.getpid(), "versions": {"fake": "1"}, "wait_steps": 10}
 
     def tasks(self, request):

@@ -55,9 +55,11 @@ def test_it_reads_several_seeds(run_dir, other_seed, tmp_path, capsys):
 
 def test_runs_that_are_no_seeds_of_each_other_are_refused(run_dir, other_seed, capsys):
     config = json.loads((other_seed / "config.json").read_text())
-    (other_seed / "config.json").write_text(json.dumps(config | {"num_envs": 16}))
+    other = {"num_envs": 16, "libero": config["libero"] | {"tasks": "spread", "egl_devices": [1]}}
+    (other_seed / "config.json").write_text(json.dumps(config | other))
     code, _, err = run(["--runs", run_dir, other_seed], capsys)
-    assert code == 2 and "is no other seed of" in err and "num_envs: 8 -> 16" in err
+    assert code == 2 and "is no other seed of" in err
+    assert "num_envs: 8 -> 16; libero.tasks: uniform -> spread. Draw" in err
 
 
 @pytest.mark.parametrize(

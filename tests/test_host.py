@@ -344,7 +344,7 @@ def test_more_simulators_than_fit_are_refused_before_any_starts(monkeypatch):
     with fake_libero() as env:
         monkeypatch.setattr(workers, "available_memory", lambda: 3 * 2**30)
         with pytest.raises(FpoError, match=r"^64 simulators need about 16 GiB .* --num-envs 13 or fewer"):
-            jax.jit(env.reset)(keys(64))
+            env.prepare(64)
         assert len(pool_of(env).pids()) == 1
         assert not np.any(begin(env).fault)
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -94,6 +95,53 @@ def test_mistakes_are_named(monkeypatch):
     assert resolve_physics("libero_90/3") == "mujoco"
     assert str(default_run_dir(replace(LIBERO, env="libero_90/3"))) == "runs/libero_90-3-default-s0"
     assert from_dict(json.loads(json.dumps(to_dict(LIBERO)))) == LIBERO
+
+
+# --- several GPUs
+
+
+def egl_device(pid: int) -> str | None:
+    """What this worker was told."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    told = [text.partition("=")[2] for text in variables if text.startswith("MUJOCO_EGL_DEVICE_ID=")]
+    return told[0] if told else None
+
+
+def test_several_gpus_draw_in_turn():
+    """A worker that replaces another one draws where that did; results do not tell which GPU drew."""
+    cameras, told = (Camera("image", 8),), {"opengl": "egl"}
+    with fake_libero(cameras=cameras, told=told) as env:
+        env.reset(keys(2))
+        assert {egl_device(pid) for pid in pool_of(env).pids().values()} == {None}
+        protocol = env.spec.protocol
+    options = replace(QUICK, egl_devices=(2, 5, 0))
+    with fake_libero(cameras=cameras, told=told, options=options) as env:
+        assert env.spec.protocol == protocol
+        state = env.reset(keys(4))
+        before = pool_of(env).pids()
+        assert {slot: egl_device(pid) for slot, pid in before.items()} == {0: "2", 1: "5", 2: "0", 3: "2"}
+        os.kill(before[1], signal.SIGKILL)
+        assert env.step(state, jnp.zeros((4, 4, 7))).fault.tolist() == [False, True, False, False]
+        after = pool_of(env).pids()
+        assert after[1] != before[1] and egl_device(after[1]) == "5"
+
+
+def test_gpus_that_cannot_draw_are_refused(monkeypatch):
+    use_fake_workers(monkeypatch)
+    options, cameras = replace(QUICK, egl_devices=(0, 1)), (Camera("image", 8),)
+    with pytest.raises(FpoError, match=r"^--libero.egl-devices needs EGL, but fake draws here: mend that, or leave it"):
+        libero.make_libero("libero_90", cameras, options)
+    libero.make_libero("libero_90", options=options).close()  # draws nothing
+    with pytest.raises(FpoError, match=r"^--libero.egl-devices are numbers from 0, not -1\.$"):
+        libero.make_libero("libero_90", cameras, replace(options, egl_devices=(0, -1)))
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "1")
+    with pytest.raises(FpoError, match=r"^--libero.egl-devices and the variable MUJOCO_EGL_DEVICE_ID .*: give one\.$"):
+        libero.make_libero("libero_90", cameras, options)
+
+
+def test_a_run_may_go_on_with_other_gpus():
+    saved = runs.settled(LIBERO)
+    runs.check_resumable(saved, replace(saved, libero=replace(saved.libero, egl_devices=(0, 1))))
 
 
 # --- which episodes are played

@@ -141,6 +141,23 @@ def test_mixture_draws_by_the_rule():
         np.testing.assert_allclose(offsets[:, 1].std(), 0.003, atol=0.001)
 
 
+def test_a_demonstration_that_breaks_off_is_played_once_more(monkeypatch):
+    tries = []
+
+    def play(pool, slot, plans, episode, control_steps, mixture, rng):
+        tries.append((episode.seed, rng.random()))
+        if len(tries) % 3:
+            raise FpoError("A demonstration broke off: died")
+        return np.zeros((1, 8)), np.zeros((1, 32, 7)), np.zeros((1, 7)), True
+
+    monkeypatch.setattr(expert, "play", play)
+    told = (None, 0, 3, expert.make_plans(TASK), (0, 5), 1, expert.Mixture())
+    with pytest.raises(FpoError, match="died"):
+        expert._record_episode(*told)
+    assert expert._record_episode(*told)[3] and len(tries) == 3
+    assert len(set(tries)) == 1  # the same episode
+
+
 def test_the_cloning_command_hands_on_where_libero_lies(monkeypatch, tmp_path):
     given, options = [], LiberoOptions(python="/elsewhere")
     monkeypatch.setattr(clone_libero, "make_env", lambda *_, libero, **__: given.append(libero))
@@ -197,6 +214,8 @@ def test_recording_does_not_depend_on_the_number_of_workers():
 def test_a_suite_s_tasks_get_equal_shares():
     installed()
     environments = ("libero_object", "libero_object/5")
-    suite, alone = (expert.record_mixture(env, expert.Mixture(), 2, control_steps=3) for env in environments)
-    np.testing.assert_array_equal(suite.object_pose[1], alone.object_pose[1])  # task 5 is the second of two
-    assert np.abs(suite.object_pose[0] - alone.object_pose[0]).max() > 1e-3
+    suite, alone = (expert.record_mixture(env, expert.Mixture(), 10, control_steps=2) for env in environments)
+    np.testing.assert_array_equal(suite.object_pose[5], alone.object_pose[5])
+    assert np.abs(suite.object_pose[4] - alone.object_pose[4]).max() > 1e-3
+    with pytest.raises(FpoError, match="libero_object has 10 tasks: record at least as many episodes, not 9"):
+        expert.record_mixture("libero_object", expert.Mixture(), 9)

@@ -249,6 +249,7 @@ def test_another_opengl_library_takes_over(environment, expected):
     try:
         hello = client.hello(assets)
         assert hello["failed"] == "" and hello["opengl"] in expected and hello["pid"] == client.process.pid
+        assert bool(hello["opengl_failed"]) == bool(environment["MUJOCO_GL"])  # the one that was asked for
         assert client.reset("libero_object", 0, 0)["failed"] == ""
         assert client.seen()["images"].std() > 10
     finally:

@@ -19,7 +19,7 @@ from tiny import TINY
 SCRIPT = """
 import contextlib, sys, threading, time, jax, jax.numpy as jnp
 from jax.experimental import io_callback
-from fpo_jax.signals import stop_signals
+from fpo_jax.signals import StopSignal, stop_signals
 
 @jax.jit
 def compute():
@@ -32,7 +32,7 @@ def watch(stop):
     print("noted", flush=True)
 
 compiled = compute.lower().compile()
-with stop_signals() as stop:
+with stop_signals(StopSignal(at_once=sys.argv[1] == "at_once", advice="do it again")) as stop:
     threading.Thread(target=watch, args=(stop,), daemon=True).start()
     with stop.deferred() if sys.argv[1] == "deferred" else contextlib.nullcontext():
         compiled().block_until_ready()
@@ -80,6 +80,14 @@ def test_sigterm_ends_it_at_once_where_nothing_is_to_be_saved(start):
     assert process.returncode == 75
 
 
+def test_ctrl_c_ends_it_at_once_where_that_was_asked_for(start):
+    process = start("at_once")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip() == "SIGINT: left at once; what was saved before is whole: do it again."
+
+
 def test_one_signal_is_noted_and_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signals() as stop:
@@ -102,7 +110,7 @@ def test_ctrl_c_is_pythons_own_where_nothing_is_to_be_saved():
 def test_sigterm_while_a_run_begins_leaves_at_once(module, monkeypatch, tmp_path):
     left, codes = threading.Event(), []
 
-    def leave(received):
+    def leave(received, advice):
         codes.append(signals.exit_code(received))
         left.set()
 

@@ -13,7 +13,7 @@ import pytest
 import train as train_script
 
 from fpo_jax import runs
-from fpo_jax.envs import make_env
+from fpo_jax.envs import make_env, workers
 from fpo_jax.metrics import wilson_interval
 from test_evaluate import count_batches
 from test_libero import SPATIAL_TASKS
@@ -124,6 +124,7 @@ def test_a_run_on_a_suite(tmp_path, capsys, monkeypatch):
     difference = result["tuned"]["success_rate"] - result["base"]["success_rate"]
     assert result["difference"]["success_rate"] == pytest.approx(difference)
     assert (result["run"]["iteration"], result["protocol"]["train_inits"]) == (2, "0:9")
+    assert result["protocol"]["deviations"]["train_inits"] == "0:9, some of which are evaluated"
     shutil.rmtree(folder / "checkpoints" / "2")
     code, _, err = run(command, capsys)
     assert code == 2 and "run.tuned.jsonl holds episodes of another evaluation (agent_crc32: " in err
@@ -133,6 +134,19 @@ def test_a_run_on_a_suite(tmp_path, capsys, monkeypatch):
     assert len(played) == 3 and json.loads(target.read_text())["run"]["iteration"] == 1
     code, _, err = run(["--run-dir", folder, "--execute-steps", "5", "--env", "libero_goal"], capsys)
     assert code == 2 and "changed here: env: libero_spatial -> libero_goal; execute_steps: 3 -> 5" in err
+    code, _, err = run(["--run-dir", folder, "--libero.train-inits", "sampled"], capsys)
+    assert code == 2 and "changed here: libero.train_inits: 0:9 -> sampled" in err
+
+
+def test_a_run_is_evaluated_where_its_own_environments_would_not_fit(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    assert train_script.main([*SUITE, *TINY_RUN, "--run-dir", str(folder), "--iterations", "1"]) == 0
+    monkeypatch.setattr(workers, "available_memory", lambda: 600 * 2**20)
+    command = ["--run-dir", folder, "--libero.test-inits", "0:2"]
+    code, _, err = run(command, capsys)
+    assert code == 2 and "4 simulators need about 1 GiB" in err and "choose --num-envs 3 or fewer" in err
+    assert run([*command, "--num-envs", 2], capsys)[0] == 0
+    assert train_script.main(["--resume", "--run-dir", str(folder), "--iterations", "2"]) == 2
 
 
 @pytest.mark.parametrize(

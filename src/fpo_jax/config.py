@@ -56,6 +56,9 @@ class LiberoOptions:
     """How long a decision's control steps and pictures may take."""
     max_restarts: int = 100
     """Simulator processes that may be lost and replaced before the run stops, with its state saved."""
+    egl_devices: tuple[int, ...] = ()
+    """EGL devices (GPUs) that draw for the environments in turn: the first for the first one, and so on, over and over.
+    By default one draws for all."""
 
 
 @dataclass(frozen=True)

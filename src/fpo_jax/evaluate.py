@@ -190,9 +190,11 @@ class Evaluator:
     ) -> Outcomes:
         """One batch of episodes from given initial-state keys, or the test episodes of these numbers.
 
-        Raises FpoError where simulators outside this process cannot go on.
+        Raises FpoError where simulators outside this process cannot be started or cannot go on.
         """
         system = system or self.system
+        if isinstance(system.env, HostedEnv):
+            system.env.prepare(len(env_keys))
         if system not in self._compiled:
             self._compiled[system] = parallel.jit(partial(_play, system))
         outcomes = Outcomes(*jax.device_get(self._compiled[system](self.base, agent, env_keys, numbers, noise_key)))

@@ -166,6 +166,7 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
         if config.base:
             say(f"Loading the base {config.base} ...", markup=False)
         system, base_params = build(config)
+        _prepare(system)
         if system.base.standardize:
             say("Playing the base once for the statistics of its features ...")
         step, state = None, _begin(system, base_params)
@@ -207,6 +208,12 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
         return _finish(system, base_params, state, run)
 
 
+def _prepare(system: System) -> None:
+    """Raises FpoError where this machine cannot simulate the run's environments."""
+    if isinstance(system.env, HostedEnv):
+        system.env.prepare(system.config.num_envs)
+
+
 def _begin(system: System, base_params: Params) -> TrainState:
     state = parallel.jit(partial(train.init, system), train.PLACES)(base_params)
     if state.features is not None and not np.isfinite(state.features.mean).all():
@@ -232,6 +239,7 @@ def _finished(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
 
 def _resume(config: TrainConfig, run_dir: Path) -> tuple[int, System, Params, TrainState]:
     _, system, base, state = load_run(run_dir, base_checkpoint=config.checkpoint, libero=config.libero)
+    _prepare(system)
     step = int(state.iteration)
     finished = step == config.iterations and (run_dir / "evaluation.json").exists()
     if step > config.iterations or finished:

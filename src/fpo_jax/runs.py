@@ -27,10 +27,10 @@ from fpo_jax.types import Camera, FpoError, Params, Quality
 
 ALGORITHMS = {"fpo": fpo, "sac": sac}
 # On resume, with all that is under them; the base is known by its checksum.
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
     *("iterations", "resume", "run_dir", "checkpoint", "parallel", "saving", "evaluation.video"),
     *("libero.python", "libero.assets", "libero.start_seconds", "libero.reset_seconds", "libero.step_seconds"),
-    *("libero.max_restarts", "libero.overlap"),
+    *("libero.max_restarts", "libero.overlap", "libero.egl_devices"),
 )
 
 
@@ -151,7 +151,7 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
 
     def is_free(difference: str) -> bool:
         name = difference.partition(":")[0]
-        return any(name == free or name.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+        return any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
     if changed := [one for one in differences(settled(saved), config) if not is_free(one)]:
         raise FpoError(

@@ -18,9 +18,13 @@ def exit_code(received: signal.Signals) -> int:
 
 
 class StopSignal:
-    """What was received while `deferred`; a second signal, or SIGTERM outside, ends the process at once."""
+    """What was received while `deferred`; a second signal, or SIGTERM outside, ends the process at once.
 
-    def __init__(self) -> None:
+    `at_once`: Ctrl-C outside does too, for work that has nothing to save. `advice`: what is said then.
+    """
+
+    def __init__(self, at_once: bool = False, advice: str = "go on with --resume auto") -> None:
+        self.at_once, self.advice = at_once, advice
         self.received: signal.Signals | None = None
         self._deferring = False
 
@@ -34,8 +38,8 @@ class StopSignal:
             self._deferring = False
 
     def handle(self, number: int, frame: Any) -> None:
-        """In the main thread, when Python has it: Ctrl-C outside `deferred` is Python's own."""
-        if number == signal.SIGINT and not self._deferring and not self.received:
+        """In the main thread, when Python has it: Ctrl-C outside `deferred` is Python's own, but for `at_once`."""
+        if number == signal.SIGINT and not self._deferring and not self.received and not self.at_once:
             raise KeyboardInterrupt
 
     def listen(self, numbers: socket.socket) -> None:
@@ -44,23 +48,23 @@ class StopSignal:
             if number[0] not in _STOPPING:
                 continue
             received = signal.Signals(number[0])
-            if self.received or (received == signal.SIGTERM and not self._deferring):
-                _leave(received)
+            if self.received or (not self._deferring and (self.at_once or received == signal.SIGTERM)):
+                _leave(received, self.advice)
             if self._deferring:
                 self.received = received
 
 
-def _leave(received: signal.Signals) -> NoReturn:
+def _leave(received: signal.Signals, advice: str) -> NoReturn:
     cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress line hides it
-    sentence = f"{received.name}: left at once; what was saved before is whole: go on with --resume auto."
+    sentence = f"{received.name}: left at once; what was saved before is whole: {advice}."
     os.write(2, f"{cursor}\n{sentence}\n".encode())
     os._exit(exit_code(received))
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignal]:
+def stop_signals(stop: StopSignal | None = None) -> Iterator[StopSignal]:
     """Within, Ctrl-C and SIGTERM are a `StopSignal`'s. For the main thread."""
-    stop = StopSignal()
+    stop = stop or StopSignal()
     heard, told = socket.socketpair()
     told.setblocking(False)
     listener = threading.Thread(target=stop.listen, args=(heard,), name="signals", daemon=True)

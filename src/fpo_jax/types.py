@@ -150,9 +150,12 @@ class HostedEnv(Env, Protocol):
 
     Simulators work between the two. `collect` does not begin before `after` was submitted: without that, a compiled
     program would be free to wait first and submit later. `problem` is why the run must stop, or None.
+    `prepare` comes before so many environments are played for the first time: it raises FpoError where they cannot be.
     """
 
     overlap: bool  # a rollout may let one half of the environments simulate while it decides for the other
+
+    def prepare(self, num_envs: int) -> None: ...
 
     def submit(self, state: EnvState, chunk: Float[Array, "N h a"]) -> EnvState: ...
 

@@ -199,6 +199,10 @@ class HostEnv:
             key=state.key,
         )
 
+    def prepare(self, num_envs: int) -> None:
+        """Make sure that so many environments can be simulated. Raises FpoError where they cannot."""
+        self.vector.prepare(-(-num_envs // num_processes()))
+
     def problem(self) -> str | None:
         """Why no episode can begin any more, in one sentence; a run must stop then."""
         return self.vector.problem()
@@ -213,8 +217,6 @@ class HostEnv:
 
     def _begin(self, episode: Episode, keys, tally, once: bool) -> EnvState:
         num_envs = len(keys)
-        # Of this process. Here and not in a callback, which must not raise.
-        self.vector.prepare(num_envs * max(1, num_devices() // num_processes()))
         everyone, nobody = jnp.ones(num_envs, bool), jnp.zeros(num_envs, bool)
         zeros = jnp.zeros(num_envs, jnp.int32)
         slot = env_indices(num_envs)  # of all devices and hosts, so that a state fits on other ones too

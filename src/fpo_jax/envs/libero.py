@@ -6,6 +6,7 @@ pictures of 256 x 256 pixels turned by 180° and resized with padding, the task'
 steps.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,18 @@ PICTURE_SIZE = 320  # [pixels] of pictures for people
 CAMERAS = ("image", "wrist_image")
 CONTROL_HZ = 20.0
 OPENPI_SEED = 7
-WORKER_MEMORY = {True: 1100 * 2**20, False: 256 * 2**20}  # with cameras, or without [bytes]
+# Of a worker with cameras [MiB], the mean over the suite's tasks (docs/libero_tasks.md), and of one without.
+CAMERA_MEMORY = {
+    "libero_spatial": 1060,
+    "libero_object": 1470,
+    "libero_goal": 1050,
+    "libero_10": 1510,
+    "libero_90": 1370,
+}
+BLIND_MEMORY = 256
 _NO_CAMERA_SIZE = 8  # [pixels] of pictures that nobody takes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,15 +140,25 @@ def make_libero(
         tasks=tuple(known[index]["name"] for index in chosen),
         prompts=tuple(known[index]["prompt"] for index in chosen),
         test_episodes=len(chosen) * (test_inits[1] - test_inits[0]),
-        protocol=protocol(name, length, pool, options),
+        protocol=protocol(name, length, pool, options, seen=_overlap(train_inits, test_inits)),
     )
     sampler = LiberoSampler(tuple(chosen), train_inits, test_inits, options.tasks, options.seeds == "openpi")
     hello = pool.settings.hello
     return HostEnv(pool, spec, sampler, tuple(hello["cameras"]), hello["image_size"], options.overlap)
 
 
-def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOptions) -> dict[str, Any]:
-    """All that results depend on, as they state it; `deviations` names what is not as the official protocol has it."""
+def _overlap(train_inits: tuple[int, int] | None, test_inits: tuple[int, int]) -> bool:
+    """Whether training begins from initial states that evaluation plays."""
+    return train_inits is not None and max(train_inits[0], test_inits[0]) < min(train_inits[1], test_inits[1])
+
+
+def protocol(
+    name: str, episode_length: int, pool: WorkerPool, options: LiberoOptions, seen: bool = False
+) -> dict[str, Any]:
+    """All that results depend on, as they state it; `deviations` names what is not as the official protocol has it.
+
+    `seen`: training begins from initial states that evaluation plays.
+    """
     asked, said = pool.settings.hello, pool.hello
     ours = {
         "env": name,
@@ -168,6 +189,8 @@ def protocol(name: str, episode_length: int, pool: WorkerPool, options: LiberoOp
     differ = {
         option: f"{ours[option]} instead of {value}" for option, value in official.items() if ours[option] != value
     }
+    if seen:
+        differ["train_inits"] = f"{options.train_inits}, some of which are evaluated"
     if not asked["cameras"]:
         differ["observation"] = "object poses instead of pictures"
     elif set(asked["cameras"]) != set(CAMERAS):
@@ -203,9 +226,27 @@ def start_pool(suite: str, cameras: Sequence[Camera], max_chunk: int, options: L
         reset_seconds=options.reset_seconds,
         step_seconds=options.step_seconds,
         max_restarts=options.max_restarts,
-        memory=WORKER_MEMORY[bool(cameras)],
+        memory=(CAMERA_MEMORY[suite] if cameras else BLIND_MEMORY) * 2**20,
+        slot_environments=_drawing_devices(options),
     )
-    return pool_by_any_renderer(settings)
+    pool = pool_by_any_renderer(settings)
+    opengl, failed = pool.hello.get("opengl"), pool.hello.get("opengl_failed")
+    why = f" ({failed})" if failed else ""
+    if options.egl_devices and cameras and opengl != "egl":
+        pool.close()
+        raise FpoError(f"--libero.egl-devices needs EGL, but {opengl} draws here{why}: mend that, or leave it out.")
+    if failed:
+        logger.warning("The simulators draw with %s, as another OpenGL library does not work%s.", opengl, why)
+    return pool
+
+
+def _drawing_devices(options: LiberoOptions) -> tuple[dict[str, str], ...]:
+    """What tells workers on which GPU to draw: the variables of slots 0, 1, ... in turn. Raises FpoError."""
+    if options.egl_devices and "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        raise FpoError("--libero.egl-devices and the variable MUJOCO_EGL_DEVICE_ID both say what draws: give one.")
+    if wrong := [device for device in options.egl_devices if device < 0]:
+        raise FpoError(f"--libero.egl-devices are numbers from 0, not {wrong[0]}.")
+    return tuple({"MUJOCO_EGL_DEVICE_ID": str(device)} for device in options.egl_devices)
 
 
 def pool_by_any_renderer(settings: WorkerSettings) -> WorkerPool:

@@ -308,6 +308,28 @@ def play(
     return seen, poses, actions, success
 
 
+def _record_episode(
+    pool: WorkerPool,
+    slot: int,
+    task: int,
+    plans: Sequence[Plan],
+    seed: tuple[int, int],
+    control_steps: int,
+    mixture: Mixture,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """The episode that follows from `seed`; one that breaks off is played once more, in the worker that took over."""
+
+    def once() -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+        rng = np.random.default_rng(seed)
+        sampled = Episode(0, task, -1, int(rng.integers(2**31 - 1)), False)
+        return play(pool, slot, plans, sampled, control_steps, mixture, rng)
+
+    try:
+        return once()
+    except FpoError:
+        return once()
+
+
 def record_mixture(
     env: str,
     mixture: Mixture,
@@ -338,14 +360,14 @@ def record_mixture(
         names = [task["name"] for task in known]
         numbers = [libero.find_task(suite, name, names)] if name else range(len(known))
         plans = {number: make_plans(known[number]) for number in numbers}
+        if num_episodes < len(numbers):
+            raise FpoError(f"{suite} has {len(numbers)} tasks: record at least as many episodes, not {num_episodes}.")
 
         def episode(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-            rng = np.random.default_rng([seed, index])
             number = numbers[index * len(numbers) // num_episodes]
-            sampled = Episode(0, number, -1, int(rng.integers(2**31 - 1)), False)
             slot = idle.get()
             try:
-                return play(pool, slot, plans[number], sampled, control_steps, mixture, rng)
+                return _record_episode(pool, slot, number, plans[number], (seed, index), control_steps, mixture)
             finally:
                 idle.put(slot)
 

@@ -119,6 +119,7 @@ class Worker:
         versions = {package: metadata.version(package) for package in packages}
         stand_ins = self.files.stand_ins(Path(assets))
         said = {"opengl": opengl, "pid": os.getpid(), "versions": versions, "stand_ins": stand_ins}
+        said |= {"opengl_failed": self.reason}  # why it is not another one
         return said | {"wait_steps": simulator.WAIT_STEPS}
 
     def _libraries(self) -> list[str]:

@@ -51,6 +51,7 @@ class WorkerSettings:
     reset: Mapping[str, Any] = field(default_factory=dict)  # what every `reset` request holds besides the episode
     test_reset: Mapping[str, Any] = field(default_factory=dict)  # what that of a test episode holds besides
     environment: Mapping[str, str] = field(default_factory=dict)  # variables beside this process's own
+    slot_environments: tuple[Mapping[str, str], ...] = ()  # and beside these: in slot i those of i modulo their number
     start_seconds: float = 300.0  # until a new worker has said hello
     reset_seconds: float = 180.0
     step_seconds: float = 60.0
@@ -78,7 +79,7 @@ class _Broken(Exception):
 class _Worker:
     """A process, the socket to it and the memory shared with it."""
 
-    def __init__(self, settings: WorkerSettings, like: Mapping[str, Any] | None = None):
+    def __init__(self, settings: WorkerSettings, slot: int, like: Mapping[str, Any] | None = None):
         """`like`: the hello of another worker, which results were stated by."""
         plan = settings.layout
         with contextlib.ExitStack() as on_failure:
@@ -98,7 +99,7 @@ class _Worker:
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,  # drivers are talkative
                     stderr=self._errors,
-                    env=_environment(settings),
+                    env=_environment(settings, slot),
                     pass_fds=(file, lifeline),
                     process_group=0,  # Ctrl-C is for this process alone
                 )
@@ -135,8 +136,9 @@ class _Worker:
 
     def _check_hello(self) -> None:
         for name, noun in _SAME.items():
-            if name in self._like and self._like[name] != self.hello.get(name):
-                raise _Broken(f"render: {noun} than the first worker ({self.hello.get(name)}, {self._like[name]})")
+            if name in self._like and self._like[name] != (found := self.hello.get(name)):
+                why = f": {tried}" if (tried := self.hello.get("opengl_failed")) else ""
+                raise _Broken(f"render: {noun} than the first worker ({found}, {self._like[name]}{why})")
 
     def last_words(self) -> str:
         """The last line that it wrote to its standard error."""
@@ -165,11 +167,13 @@ def _shared_file(size: int) -> tuple[int, str]:
     return file, f"/proc/self/fd/{file}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{file}"
 
 
-def _environment(settings: WorkerSettings) -> dict[str, str]:
+def _environment(settings: WorkerSettings, slot: int) -> dict[str, str]:
     """This process's variables but for those that would lead another Python to this one's packages."""
-    environment = {"LP_NUM_THREADS": "0", **os.environ, **settings.environment}  # Mesa in software: no more threads
+    several = settings.slot_environments
+    own = {**settings.environment, **(several[slot % len(several)] if several else {})}
+    environment = {"LP_NUM_THREADS": "0", **os.environ, **own}  # Mesa in software: no more threads
     for name in ("PYTHONPATH", "PYTHONHOME", "PYOPENGL_PLATFORM"):
-        if name not in settings.environment:
+        if name not in own:
             environment.pop(name, None)
     return environment
 
@@ -213,7 +217,7 @@ class WorkerPool:
         # Called by the user, when the pool is collected, or at exit.
         self.close = weakref.finalize(self, _close, self._closed, self._workers)
         try:
-            first = self._workers[0] = _Worker(settings)
+            first = self._workers[0] = _Worker(settings, 0)
         except OSError as error:
             raise StartError(f"{settings.command[0]}: {error.strerror}") from error
         try:
@@ -308,7 +312,7 @@ class WorkerPool:
         if self.problem() is not None:
             return False
         try:
-            worker = _Worker(self.settings, self.hello)
+            worker = _Worker(self.settings, slot, self.hello)
         except OSError as error:
             self._count(f"died: {error.strerror}")
             return False
