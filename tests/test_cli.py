@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import train as train_script
 
-from fpo_jax import checkpoint
+from fpo_jax import checkpoint, signals
 from fpo_jax.evaluate import Evaluator
 from fpo_jax.policies import CHECKPOINTS
+from fpo_jax.types import FpoError
 
 TINY = [
     *("--num-envs", "8", "--rollout.decisions", "3", "--update.epochs", "1", "--update.minibatch-size", "16"),
@@ -88,22 +91,38 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
 
 
 def test_an_evaluation_that_was_cut_short_goes_on(tmp_path, capsys, monkeypatch):
-    played, play = [], Evaluator.play_from
-    monkeypatch.setattr(Evaluator, "play_from", lambda *given: played.append(given) or play(*given))
+    played, play, left = [], Evaluator.play_from, threading.Event()
+
+    def play_from(*given):
+        if len(played) == 3 and not left.is_set():  # in the second batch of the tuned policy
+            signal.raise_signal(signal.SIGINT)
+            assert left.wait(120)
+            raise FpoError("the process is gone")
+        played.append(given)
+        return play(*given)
+
+    monkeypatch.setattr(signals, "_leave", lambda *_: left.set())
+    monkeypatch.setattr(Evaluator, "play_from", play_from)
     run_dir = tmp_path / "r"
+    log = run_dir / "evaluation.tuned.jsonl"
     options = [*POINT_MASS, "--evaluation.episodes", 16, "--iterations", 1, "--run-dir", run_dir]
-    assert run(options, capsys)[0] == 0
-    assert len(played) == 4  # two batches of each policy
-    whole, log = (run_dir / "evaluation.json").read_text(), run_dir / "evaluation.tuned.jsonl"
-    (run_dir / "evaluation.json").unlink()
-    lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) == 17  # one says what was evaluated
-    log.write_text("".join(lines[:12]) + lines[12][:9])
+    assert "the process is gone" in run(options, capsys)[2]
+    assert len(log.read_text().splitlines()) == 9  # one says what is evaluated
+    with log.open("a") as file:
+        file.write('{"episode": 8, "succ')  # half a line
     assert run([*options, "--resume", "auto"], capsys)[0] == 0
-    assert len(played) == 5 and (run_dir / "evaluation.json").read_text() == whole
+    assert len(played) == 4 and len(log.read_text().splitlines()) == 17
+    whole = json.loads((run_dir / "evaluation.json").read_text())
+    target = tmp_path / "whole.json"
+    seed = json.loads((run_dir / "config.json").read_text())["evaluation"]["seed"]
+    again = ["--run-dir", str(run_dir), "--episodes", "16", "--seed", str(seed), "--json", str(target)]
+    assert evaluate_script.main(again) == 0  # without a stop
+    result = json.loads(target.read_text())
+    assert all(result[name] == whole[name] for name in ("base", "tuned", "difference"))
     # Another agent plays anew, the base does not.
+    played.clear()
     assert run(["--resume", "--run-dir", run_dir, "--iterations", 2], capsys)[0] == 0
-    assert len(played) == 7 and len(log.read_text().splitlines()) == 17
+    assert len(played) == 2 and len(log.read_text().splitlines()) == 17
 
 
 @pytest.mark.parametrize(

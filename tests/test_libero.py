@@ -114,7 +114,7 @@ def test_several_gpus_draw_in_turn():
         env.reset(keys(2))
         assert {egl_device(pid) for pid in pool_of(env).pids().values()} == {None}
         protocol = env.spec.protocol
-    options = replace(QUICK, egl_devices=(2, 5, 0))
+    options = replace(FAKE, egl_devices=(2, 5, 0))
     with fake_libero(cameras=cameras, told=told, options=options) as env:
         assert env.spec.protocol == protocol
         state = env.reset(keys(4))
@@ -128,7 +128,7 @@ def test_several_gpus_draw_in_turn():
 
 def test_gpus_that_cannot_draw_are_refused(monkeypatch):
     use_fake_workers(monkeypatch)
-    options, cameras = replace(QUICK, egl_devices=(0, 1)), (Camera("image", 8),)
+    options, cameras = replace(FAKE, egl_devices=(0, 1)), (Camera("image", 8),)
     with pytest.raises(FpoError, match=r"^--libero.egl-devices needs EGL, but fake draws here: mend that, or leave it"):
         libero.make_libero("libero_90", cameras, options)
     libero.make_libero("libero_90", options=options).close()  # draws nothing
@@ -165,7 +165,7 @@ def test_training_draws_tasks_uniformly_and_initial_states_from_its_split():
 @pytest.mark.parametrize("mesh", [None, TWO])
 def test_tasks_can_be_spread_over_the_environments(mesh, tmp_path):
     """Each simulator then keeps its task from episode to episode; on several devices too."""
-    options = replace(QUICK, tasks="spread")
+    options = replace(FAKE, tasks="spread")
     with fake_libero(options=options, told={"log": str(tmp_path)}) as env, parallel.using(mesh):
         begin = jax.jit(parallel.over_devices(env.reset, parallel.ENVS, parallel.ENVS))
         with pytest.raises(FpoError, match=r"2 environments are too few for 3 tasks: choose --num-envs 3 or more"):

@@ -10,6 +10,7 @@ from fpo_jax.envs import libero_expert as expert
 from fpo_jax.envs.host import Episode
 from fpo_jax.types import FpoError
 from libero_venv import installed
+from tiny_libero import fake_libero
 
 TASK = {"name": "butter", "objects": ["ketchup_1", "butter_1", "wooden_tray_1"]}
 TASK["goal"] = "(In butter_1 wooden_tray_1_contain_region)"
@@ -151,10 +152,11 @@ def test_a_demonstration_that_breaks_off_is_played_once_more(monkeypatch):
         return np.zeros((1, 8)), np.zeros((1, 32, 7)), np.zeros((1, 7)), True
 
     monkeypatch.setattr(expert, "play", play)
-    told = (None, 0, 3, expert.make_plans(TASK), (0, 5), 1, expert.Mixture())
-    with pytest.raises(FpoError, match="died"):
-        expert._record_episode(*told)
-    assert expert._record_episode(*told)[3] and len(tries) == 3
+    told = (0, 3, expert.make_plans(TASK), (0, 5), 1, expert.Mixture())
+    with fake_libero() as env:
+        with pytest.raises(FpoError, match="died"):
+            expert._record_episode(env.vector, *told)
+        assert expert._record_episode(env.vector, *told)[3] and len(tries) == 3
     assert len(set(tries)) == 1  # the same episode
 
 

@@ -205,6 +205,7 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
             if number := hosts.largest(stop.received or 0):
                 received = signal.Signals(number)
                 raise run.stop(state, f"Stopped by {received.name}", resume_advice(run_dir), exit_code(received))
+        stop.at_once = True  # nothing that is still to come has to be saved
         return _finish(system, base_params, state, run)
 
 

@@ -93,6 +93,7 @@ def _fit(config: TrainConfig, console: Any, stop: StopSignal, stack: ExitStack) 
             saver.wait()
             sentence = f"Stopped by {stop.received.name}; all members are saved in {run_dir}. {resume_advice(run_dir)}"
             raise RunStopped(sentence, exit_code(stop.received))
+    stop.at_once = True  # nothing that is still to come has to be saved
     return _finish(system, base_params, state, runs, run_dir)
 
 
