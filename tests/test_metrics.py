@@ -205,3 +205,13 @@ def test_run_logger_feeds_everything_and_resumes(tmp_path):
             logger.log(record(iteration))
     assert [r["iteration"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
+
+
+def test_what_comes_too_soon_is_left_out(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    say = metrics.now_and_then(said.append, seconds=15.0)
+    for at in (101.0, 115.0, 129.0, 130.0, 131.0):
+        now[0] = at
+        say(str(at))
+    assert said == ["115.0", "130.0"]

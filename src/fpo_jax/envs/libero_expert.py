@@ -317,7 +317,10 @@ def _record_episode(
     control_steps: int,
     mixture: Mixture,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """The episode that follows from `seed`; one that breaks off is played once more, in the worker that took over."""
+    """`play` of the episode that follows from `seed`, which if it breaks off is played once more, in another worker.
+
+    Raises FpoError where that breaks off too.
+    """
 
     def once() -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         rng = np.random.default_rng(seed)
@@ -346,7 +349,7 @@ def record_mixture(
     only, not on the number of worker processes (`workers`, default: one per CPU). `on_progress(i + 1)` is called as
     episode i arrives, in order.
 
-    Raises FpoError for a task that the expert cannot do.
+    Raises FpoError for a task that the expert cannot do, for fewer episodes than tasks, and where one broke off twice.
     """
     suite, _, name = env.partition("/")
     pool = libero.start_pool(suite, (), START_STEPS, options or LiberoOptions())
